@@ -1,0 +1,118 @@
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <filesystem>
+#include <memory>
+
+#include "cli/commands.h"
+#include "cli/common.h"
+#include "cli/run_config.h"
+#include "core/json.h"
+#include "eval/perplexity.h"
+#include "report/table.h"
+
+namespace detour::cli {
+
+namespace {
+
+struct Options {
+  std::string model, data, split = "val";
+  eval::EvalOptions eval;
+  RuntimeOptions runtime;
+  bool json = false;
+};
+
+Json ToJson(const eval::EvalResult& r) {
+  Json layers = Json::array();
+  for (size_t l = 0; l < r.layers.size(); ++l) {
+    if (!r.layers[l].routed_layer) continue;
+    layers.push_back({{"layer", l},
+                      {"share", r.layers[l].share},
+                      {"entropy_bits", r.layers[l].entropy_bits},
+                      {"min_margin", r.layers[l].min_margin},
+                      {"share_by_position", r.layers[l].share_by_position}});
+  }
+  return {{"tokens", r.num_tokens},
+          {"sequences", r.num_sequences},
+          {"loss", r.loss},
+          {"loss_stderr", std::isfinite(r.loss_stderr) ? Json(r.loss_stderr) : Json()},
+          {"perplexity", r.perplexity},
+          {"bits_per_byte", r.bits_per_byte},
+          {"share_routed", r.share_routed},
+          {"seconds", r.seconds},
+          {"layers", layers}};
+}
+
+void Print(const eval::EvalResult& r) {
+  fmt::print("{} tokens in {} sequences, {}\n", report::FormatThousands(r.num_tokens),
+             report::FormatThousands(r.num_sequences), report::FormatDuration(r.seconds));
+  fmt::print("loss {:.4f} ± {:.4f}   perplexity {:.3f}   bits per byte {:.4f}\n", r.loss,
+             r.loss_stderr, r.perplexity, r.bits_per_byte);
+  std::vector<report::TextTable::Column> columns = {
+      {"layer"}, {"attend"}, {"entropy, bits"}, {"min |p-0.5|"}};
+  for (int64_t b = 0; b < eval::kPositionBuckets; ++b) {
+    columns.push_back({fmt::format("{}/{}", b + 1, eval::kPositionBuckets)});
+  }
+  report::TextTable table(columns);
+  bool any = false;
+  for (size_t l = 0; l < r.layers.size(); ++l) {
+    const eval::LayerRouting& layer = r.layers[l];
+    if (!layer.routed_layer) continue;
+    any = true;
+    std::vector<std::string> row = {std::to_string(l), report::FormatPercent(layer.share),
+                                    report::FormatFixed(layer.entropy_bits, 3),
+                                    fmt::format("{:.1e}", layer.min_margin)};
+    for (double share : layer.share_by_position) row.push_back(report::FormatPercent(share));
+    table.AddRow(row);
+  }
+  if (!any) return;
+  fmt::print(
+      "\nTokens that attend, by routed layer and by part of the sequence "
+      "(mean over layers {}):\n{}",
+      report::FormatPercent(r.share_routed), table.Render());
+}
+
+void Eval(const Options& options) {
+  ApplyRuntimeOptions(options.runtime);
+  const model::Model model = model::LoadModel(options.model);
+  if (options.split != "train" && options.split != "val") {
+    Fail("flag", "--split: expected train or val, got \"{}\"", options.split);
+  }
+  const data::Split split = options.split == "val" ? data::Split::kVal : data::Split::kTrain;
+  const eval::EvalResult result =
+      eval::Evaluate(model, data::TokenShards::Open(options.data, split), options.eval);
+  if (options.json) {
+    fmt::print("{}\n", ToJson(result).dump(2));
+  } else {
+    Print(result);
+  }
+}
+
+}  // namespace
+
+void AddEvalCommand(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* sub =
+      app.add_subcommand("eval", "Loss, perplexity, bits per byte and routing statistics");
+  sub->add_option("-m,--model", options->model, "Model directory")->required();
+  sub->add_option("--data", options->data, "Shards made by detour prepare")->required();
+  sub->add_option("--split", options->split, "train or val")->capture_default_str();
+  sub->add_option("--seq-len", options->eval.seq_len, "Tokens per sequence")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub->add_option("--max-tokens", options->eval.max_tokens,
+                  "Tokens to evaluate; 0: the whole split")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub->add_option("--micro-batch-size", options->eval.micro_batch_size,
+                  "Sequences per forward pass; changes no figure")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  AddFlag(*sub, "--document-attention,!--no-document-attention", options->eval.document_attention,
+          "Attention stays inside documents");
+  sub->add_flag("--json", options->json, "Print JSON");
+  AddRuntimeOptions(*sub, &options->runtime);
+  sub->footer("Example:\n  detour eval --model out/dtrnet/latest --data data/sotu");
+  sub->callback([options] { Eval(*options); });
+}
+
+}  // namespace detour::cli

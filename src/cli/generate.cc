@@ -1,0 +1,204 @@
+#include "infer/generate.h"
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <memory>
+
+#include "cli/commands.h"
+#include "cli/common.h"
+#include "cli/run_config.h"
+#include "cli/signals.h"
+#include "data/utf8_stream.h"
+#include "report/memory.h"
+#include "report/table.h"
+
+namespace detour::cli {
+
+namespace {
+
+struct Options {
+  std::string model, prompts_file;
+  std::vector<std::string> prompts, stop;
+  int64_t max_tokens = 128;
+  bool ignore_eos = false, stats = false;
+  infer::GenerateOptions generate;
+  RuntimeOptions runtime;
+};
+
+/// The text of one answer as it grows: whole characters, cut before a stop string.
+class Answer {
+ public:
+  explicit Answer(const std::vector<std::string>* stop) : stop_(stop) {}
+
+  /// Text that is certain now; what could still become a stop string is held back.
+  std::string Push(std::string_view bytes) {
+    text_ += utf8_.Push(bytes);
+    return Release(/*final=*/false);
+  }
+  std::string Finish() {
+    if (!stopped_) text_ += utf8_.Flush();
+    return Release(/*final=*/true);
+  }
+  bool stopped() const { return stopped_; }
+
+ private:
+  std::string Release(bool final) {
+    size_t end = text_.size();
+    for (const std::string& s : *stop_) {
+      const size_t at = text_.find(s, released_ >= s.size() ? released_ - s.size() : 0);
+      if (at != std::string::npos) {
+        end = std::min(end, std::max(at, released_));
+        stopped_ = true;
+      }
+    }
+    if (!stopped_ && !final) {
+      for (const std::string& s : *stop_) {
+        for (size_t n = std::min(s.size() - 1, text_.size()); n > 0; --n) {
+          if (text_.ends_with(std::string_view(s).substr(0, n))) {
+            end = std::min(end, std::max(text_.size() - n, released_));
+            break;
+          }
+        }
+      }
+    }
+    std::string out = text_.substr(released_, end - released_);
+    released_ = end;
+    if (stopped_) text_.resize(end);
+    return out;
+  }
+
+  const std::vector<std::string>* stop_;
+  data::Utf8Stream utf8_;
+  std::string text_;
+  size_t released_ = 0;
+  bool stopped_ = false;
+};
+
+std::vector<std::string> Prompts(const Options& options) {
+  std::vector<std::string> prompts = options.prompts;
+  if (!options.prompts_file.empty()) {
+    const std::string text = ReadInput(options.prompts_file);
+    for (size_t begin = 0; begin < text.size();) {
+      const size_t end = std::min(text.find('\n', begin), text.size());
+      if (end > begin) prompts.push_back(text.substr(begin, end - begin));
+      begin = end + 1;
+    }
+  }
+  if (prompts.empty()) Fail("generate.prompt", "no prompt: give --prompt TEXT or --prompts FILE");
+  return prompts;
+}
+
+void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& config,
+                const std::vector<infer::RequestResult>& results) {
+  double routed = 0, positions = 0;
+  for (const infer::RequestResult& r : results) {
+    for (int32_t l : config.routing.layers) routed += static_cast<double>(r.routed_tokens[l]);
+    positions += static_cast<double>(r.num_positions * config.routing.layers.size());
+  }
+  fmt::print(stderr,
+             "prompt {} tokens in {:.2f} s; {} new tokens, {:.1f} tok/s in decode; KV cache {}{}; "
+             "peak memory {}\n",
+             stats.prompt_tokens, stats.prefill_seconds, stats.new_tokens,
+             static_cast<double>(stats.decode_tokens) / std::max(stats.decode_seconds, 1e-9),
+             report::FormatBytes(static_cast<double>(stats.peak_kv_bytes)),
+             positions > 0 ? fmt::format("; {} of tokens attended in routed layers",
+                                         report::FormatPercent(routed / positions))
+                           : "",
+             report::FormatBytes(static_cast<double>(report::PeakRssBytes())));
+}
+
+void Generate(Options& options) {
+  ApplyRuntimeOptions(options.runtime);
+  for (const std::string& s : options.stop) {
+    if (s.empty()) Fail("generate.options", "--stop: expected a string, got an empty one");
+  }
+  const std::vector<std::string> prompts = Prompts(options);
+  const model::Model model = model::LoadModel(options.model);
+  const auto tokenizer = data::Tokenizer::Load(options.model);
+  if (tokenizer->vocab_size() > model.config.vocab_size) {
+    Fail("generate", "{}: the tokenizer has {} tokens, the model {}", options.model,
+         tokenizer->vocab_size(), model.config.vocab_size);
+  }
+  if (!options.ignore_eos) options.generate.eos_id = tokenizer->eos_id().value_or(-1);
+  std::vector<infer::Request> requests;
+  for (const std::string& prompt : prompts) {
+    requests.push_back(
+        {tokenizer->Encode(prompt, {.add_special_tokens = true}), options.max_tokens});
+  }
+  InstallStopHandler();
+  std::vector<Answer> answers(prompts.size(), Answer(&options.stop));
+  std::vector<std::string> texts(prompts.size());
+  const bool stream = prompts.size() == 1;
+  const auto emit = [&](size_t request, const std::string& text) {
+    texts[request] += text;
+    if (!stream) return;
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    std::fflush(stdout);
+  };
+  if (stream) emit(0, prompts[0]);
+  infer::GenerateStats stats;
+  const auto results = infer::Generate(
+      model, requests, options.generate,
+      [&](size_t request, int32_t token) {
+        if (token < tokenizer->vocab_size()) {
+          emit(request, answers[request].Push(tokenizer->DecodeToken(token)));
+        }
+        return !answers[request].stopped() && !StopRequested();
+      },
+      &stats);
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    emit(i, answers[i].Finish());
+    if (!stream)
+      fmt::print("=== {} ({})\n{}{}\n", i + 1, results[i].finish_reason, prompts[i], texts[i]);
+  }
+  if (stream) fmt::print("\n");
+  std::fflush(stdout);
+  if (options.stats) PrintStats(stats, model.config, results);
+}
+
+}  // namespace
+
+void AddGenerateCommand(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* sub = app.add_subcommand("generate", "Continue prompts");
+  infer::GenerateOptions& g = options->generate;
+  sub->add_option("-m,--model", options->model, "Model directory with its tokenizer")->required();
+  sub->add_option("-p,--prompt", options->prompts, "Prompt; may be given several times")
+      ->allow_extra_args(false);
+  sub->add_option("--prompts", options->prompts_file, "File with a prompt per line; - for stdin");
+  sub->add_option("-n,--max-tokens", options->max_tokens, "New tokens per prompt")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub->add_option("--temp,--temperature", g.sampling.temperature, "0: always the likeliest token")
+      ->capture_default_str();
+  sub->add_option("--top-k", g.sampling.top_k, "Sample among the k likeliest; 0: all")
+      ->capture_default_str();
+  sub->add_option("--top-p", g.sampling.top_p, "Sample among the likeliest with this joint share")
+      ->capture_default_str();
+  sub->add_option("--min-p", g.sampling.min_p, "… at least this likely, relative to the likeliest")
+      ->capture_default_str();
+  sub->add_option("--repetition-penalty", g.sampling.repetition_penalty,
+                  "Above 1: tokens seen before become less likely")
+      ->capture_default_str();
+  sub->add_option("--seed", g.sampling.seed, "Of the sampler")->capture_default_str();
+  sub->add_option("--stop", options->stop, "String that ends an answer; may be given several times")
+      ->allow_extra_args(false);
+  AddFlag(*sub, "--ignore-eos,!--no-ignore-eos", options->ignore_eos,
+          "Do not stop at the end-of-text token");
+  sub->add_option("--prefill-chunk", g.prefill_chunk,
+                  "Prompt tokens per forward pass; changes no token")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub->add_option("--max-batch", g.max_batch, "Prompts at the same time; changes no token")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  AddFlag(*sub, "--stats,!--no-stats", options->stats,
+          "Speed, cache bytes and routing on standard error");
+  AddRuntimeOptions(*sub, &options->runtime);
+  sub->footer(
+      "Example:\n  detour generate --model out/dtrnet/latest --prompt \"The state of the union\" "
+      "--max-tokens 200 --stats");
+  sub->callback([options] { Generate(*options); });
+}
+
+}  // namespace detour::cli

@@ -1,0 +1,13 @@
+// Ctrl-C and SIGTERM ask long commands to stop at the next safe point.
+#pragma once
+
+namespace detour::cli {
+
+/// From here on SIGINT and SIGTERM only set the flag of StopRequested(). A SIGINT when it is
+/// already set ends the process at once with exit code 130. Interrupted system calls restart.
+void InstallStopHandler();
+
+/// Whether a signal came since InstallStopHandler(). Thread-safe, one relaxed load.
+bool StopRequested();
+
+}  // namespace detour::cli

@@ -1,0 +1,158 @@
+#include <CLI/CLI.hpp>
+#include <iostream>
+#include <memory>
+
+#include "cli/commands.h"
+#include "cli/common.h"
+#include "cli/run_config.h"
+#include "cli/signals.h"
+#include "model/cost.h"
+#include "report/table.h"
+#include "train/loop.h"
+
+namespace detour::cli {
+
+namespace {
+
+struct Options {
+  train::TrainConfig train;
+  RuntimeOptions runtime;
+  bool dry_run = false;
+};
+
+void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
+  sub.add_option("--data", c.data_dir, "Directory made by detour prepare")->required();
+  sub.add_option("--out-dir", c.out_dir, "Checkpoints, metrics.jsonl")->required();
+  sub.add_option("--model-config", c.model_config, "config.json of a new model");
+  sub.add_option("--init-from", c.init_from, "Model directory to start from instead");
+  sub.add_option("--tokenizer", c.tokenizer_dir,
+                 "Tokenizer to store in checkpoints (default: the one beside the data)");
+  sub.add_option("--method", c.method, "dense or dtrnet, over the model config's");
+  sub.add_option("--layout", c.layout,
+                 "Routed layers: bilayer, bilayer_dense_ends, trilayer, all, or 1,3,5");
+  sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the mean-probability budget");
+  sub.add_option(
+         "--target-share", c.target_share,
+         "Share of tokens that attend in routed layers, held by the ratio controller; 0: off")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  sub.add_option("--share-ramp", c.share_ramp,
+                 "Part of the run in which the target falls from 1 to --target-share")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  sub.add_option("--controller-rate", c.controller_rate,
+                 "Part of the way to the batch's own threshold the controller moves a step")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+}
+
+void AddScheduleFlags(CLI::App& sub, train::TrainConfig& c) {
+  const auto positive = CLI::Range(int64_t{1}, int64_t{1} << 40);
+  sub.add_option("--seq-len", c.seq_len, "Tokens per sequence")
+      ->check(positive)
+      ->capture_default_str();
+  sub.add_option("--micro-batch-size", c.micro_batch_size, "Sequences per forward pass")
+      ->check(positive)
+      ->capture_default_str();
+  sub.add_option("--global-batch-size", c.global_batch_size, "Sequences per step")
+      ->check(positive)
+      ->capture_default_str();
+  sub.add_option("--max-steps", c.max_steps, "Steps of the run")->check(positive);
+  sub.add_option("--max-tokens", c.max_tokens, "Tokens of the run, if --max-steps is not set")
+      ->check(positive);
+  sub.add_option("--max-time", c.max_time_s, "Seconds of training after which to save and stop")
+      ->check(CLI::NonNegativeNumber);
+  sub.add_option("--lr", c.lr, "Peak learning rate")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub.add_option("--min-lr", c.min_lr, "Learning rate at the end")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub.add_option("--warmup-steps", c.warmup_steps, "Steps of linear warm-up")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub.add_option("--lr-schedule", c.lr_schedule, "cosine or wsd")
+      ->check(CLI::IsMember({"cosine", "wsd"}))
+      ->capture_default_str();
+  sub.add_option("--decay-ratio", c.decay_ratio, "Last part of a wsd run, in which the rate falls")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  sub.add_option("--beta1", c.beta1, "AdamW")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  sub.add_option("--beta2", c.beta2, "AdamW")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  sub.add_option("--adam-eps", c.adam_eps, "AdamW")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub.add_option("--weight-decay", c.weight_decay, "AdamW; norms and biases do not decay")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub.add_option("--grad-clip", c.grad_clip, "Largest gradient norm; 0: no clipping")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+}
+
+void AddRunFlags(CLI::App& sub, train::TrainConfig& c) {
+  AddFlag(sub, "--document-attention,!--no-document-attention", c.document_attention,
+          "Attention stays inside documents, positions restart with each");
+  AddFlag(sub, "--activation-checkpointing,!--no-activation-checkpointing",
+          c.activation_checkpointing, "Keep layer inputs only and recompute in the backward pass");
+  sub.add_option("--seed", c.seed, "Of weights, data order and fallback")->capture_default_str();
+  sub.add_option("--eval-every", c.eval_every, "Steps between validations; 0: at the end only")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub.add_option("--eval-tokens", c.eval_tokens, "Validation tokens; 0: the whole split")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub.add_option("--save-every", c.save_every, "Steps between checkpoints; 0: at the end only")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub.add_option("--keep-last", c.keep_last, "Checkpoints to keep")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub.add_option("--log-every", c.log_every, "Steps between records of metrics.jsonl")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  sub.add_option("--tensorboard", c.tensorboard, "Directory for TensorBoard event files");
+  sub.add_option("--resume", c.resume,
+                 "Checkpoint to go on from; auto: the latest of --out-dir, or a new run");
+}
+
+void Train(const Options& options) {
+  ApplyRuntimeOptions(options.runtime);
+  const train::TrainConfig& c = options.train;
+  if (options.dry_run) {
+    const model::ModelConfig m = train::ResolveModelConfig(c);
+    fmt::print("model: {} parameters ({} in routers), method {}\nrun: {} steps of {} tokens\n",
+               report::FormatCount(static_cast<double>(model::ParameterCount(m))),
+               report::FormatCount(static_cast<double>(model::RouterParameterCount(m))),
+               m.routing.method, train::TotalSteps(c), c.global_batch_size * c.seq_len);
+    return;
+  }
+  InstallStopHandler();
+  const train::TrainSummary s = train::RunTraining(c, [] { return StopRequested(); });
+  fmt::print(
+      "{}: {} steps, {} tokens in {} ({} tok/s), validation loss {:.4f}, {:.4f} bits per byte, "
+      "peak memory {}\n{}\n",
+      s.stopped_by, s.steps, report::FormatCount(static_cast<double>(s.tokens)),
+      report::FormatDuration(s.seconds), report::FormatCount(s.tokens_per_s), s.val_loss,
+      s.val_bits_per_byte, report::FormatBytes(static_cast<double>(s.peak_rss_bytes)),
+      s.checkpoint);
+}
+
+}  // namespace
+
+void AddTrainCommand(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* sub = app.add_subcommand("train", "Train a model on packed shards");
+  AddModelFlags(*sub, options->train);
+  AddScheduleFlags(*sub, options->train);
+  AddRunFlags(*sub, options->train);
+  AddRuntimeOptions(*sub, &options->runtime);
+  AddRunConfigOptions(*sub);
+  sub->add_flag("--dry-run", options->dry_run, "Check the configuration, say what would run, stop");
+  sub->footer(
+      "Example:\n  detour train --data data/sotu --model-config configs/demo.json --method dtrnet "
+      "--target-share 0.15 --max-steps 600 --out-dir out/dtrnet");
+  sub->callback([options] { Train(*options); });
+}
+
+}  // namespace detour::cli

@@ -1,0 +1,10 @@
+#include "core/op_counter.h"
+
+namespace detour {
+
+OpCounter& GlobalOpCounter() {
+  static OpCounter counter;
+  return counter;
+}
+
+}  // namespace detour

@@ -1,0 +1,77 @@
+// Text <-> token ids. One interface over Hugging Face byte-level BPE (tokenizer.json) and
+// SentencePiece (tokenizer.model).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace detour::data {
+
+struct EncodeOptions {
+  /// Put bos/eos around the text where the tokenizer's post-processor says so.
+  bool add_special_tokens = false;
+  /// Recognise tokens marked `special` in the text, as Hugging Face does. Off for text that must
+  /// not be able to inject one: it is then encoded as ordinary text.
+  bool parse_special = true;
+};
+
+/// Const methods are thread-safe. Error("data.tokenizer") for every fault of a file or an id.
+class Tokenizer {
+ public:
+  /// `path`: a directory with tokenizer.json or else tokenizer.model, or one such file.
+  /// tokenizer_config.json beside it, if any, names bos, eos and pad.
+  static std::unique_ptr<Tokenizer> Load(const std::string& path);
+  virtual ~Tokenizer() = default;
+
+  /// Any bytes. Byte-level BPE: for valid UTF-8 the ids of the `tokenizers` package; a byte-level
+  /// vocabulary with all 256 bytes gives every input back in Decode. Bytes that are not UTF-8 split
+  /// the text: each maximal run of them is a pre-token of its own, one token per byte.
+  virtual std::vector<int32_t> Encode(std::string_view text,
+                                      const EncodeOptions& options = {}) const = 0;
+  /// The bytes of `ids` in a row; `skip_special` leaves special tokens out. An id without a token
+  /// (out of range) is an Error.
+  virtual std::string Decode(std::span<const int32_t> ids, bool skip_special = false) const;
+  /// The bytes of one token; may be part of a UTF-8 character (see Utf8Stream).
+  virtual std::string DecodeToken(int32_t id) const = 0;
+  /// The token as its file spells it ("Ġthe", "▁the", "<|endoftext|>"): for people, not for text.
+  virtual std::string TokenText(int32_t id) const = 0;
+  /// The id of the token that the file spells so.
+  virtual std::optional<int32_t> TokenId(std::string_view text) const = 0;
+  virtual bool IsSpecial(int32_t id) const = 0;
+
+  /// Ids are in [0, vocab_size()). A model's embedding may have more rows than that: those rows
+  /// have no token.
+  int32_t vocab_size() const { return vocab_size_; }
+  std::optional<int32_t> bos_id() const { return bos_id_; }
+  std::optional<int32_t> eos_id() const { return eos_id_; }
+  std::optional<int32_t> pad_id() const { return pad_id_; }
+  /// SHA-256 (hex) of the tokenizer file: names the tokenizer in manifests.
+  const std::string& fingerprint() const { return fingerprint_; }
+
+ protected:
+  /// Error unless `id` is in [0, vocab_size()).
+  void CheckId(int32_t id) const;
+
+  int32_t vocab_size_ = 0;
+  std::optional<int32_t> bos_id_, eos_id_, pad_id_;
+  /// What SentencePiece directories say about bos and eos around a text (add_bos_token, …); a
+  /// tokenizer.json has its post-processor for that.
+  std::optional<bool> add_bos_, add_eos_;
+
+ private:
+  void ReadConfig(const std::string& path);
+  std::string fingerprint_;
+};
+
+/// Byte-level BPE from the text of a tokenizer.json; `name` is used in messages.
+std::unique_ptr<Tokenizer> LoadTokenizerJson(std::string_view json, const std::string& name);
+
+/// SentencePiece from the bytes of a tokenizer.model; `name` is used in messages.
+std::unique_ptr<Tokenizer> LoadSentencePiece(std::string_view model, const std::string& name);
+
+}  // namespace detour::data

@@ -1,0 +1,46 @@
+// Loss of a model on packed text, with what its routers did.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "data/shards.h"
+#include "model/model.h"
+
+namespace detour::eval {
+
+struct EvalOptions {
+  int64_t seq_len = 1024;
+  int64_t max_tokens = 0;        ///< 0: the whole split
+  int64_t micro_batch_size = 8;  ///< sequences per forward pass; changes no figure
+  bool document_attention = true;
+};
+
+inline constexpr int64_t kPositionBuckets = 8;
+
+struct LayerRouting {
+  bool routed_layer = false;
+  double share = 1;                       ///< of tokens that attend
+  double entropy_bits = 0;                ///< mean entropy of (p, 1−p)
+  double min_margin = 0;                  ///< min |p − 0.5| over all tokens
+  std::vector<double> share_by_position;  ///< kPositionBuckets equal parts of seq_len
+};
+
+struct EvalResult {
+  int64_t num_tokens = 0, num_sequences = 0;
+  double loss = 0;         ///< mean next-token cross-entropy, nats
+  double loss_stderr = 0;  ///< of the mean, sequences as independent samples
+  double perplexity = 0;
+  double bits_per_byte = 0;  ///< loss over the mean bytes per token of the split
+  std::vector<LayerRouting> layers;
+  double share_routed = 0;  ///< mean share over routed layers
+  double seconds = 0;
+};
+
+/// Non-overlapping sequences of seq_len from the begin of the split; a last piece that is shorter
+/// is left out, but a split shorter than one sequence is evaluated with a shorter one. Serving
+/// rules: no fallback, no aux term.
+EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
+                    const EvalOptions& options);
+
+}  // namespace detour::eval

@@ -1,0 +1,148 @@
+#include "infer/ragged_cache.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+
+#include "core/error.h"
+
+namespace detour::infer {
+
+namespace {
+
+constexpr int64_t kSystemPage = 4096;
+constexpr int64_t kSlabBytes = 256 << 10;
+
+int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace
+
+PagePool::PagePool(int64_t page_bytes)
+    : page_bytes_(page_bytes),
+      pages_per_slab_(std::max<int64_t>(1, kSlabBytes / page_bytes)),
+      slab_bytes_(RoundUp(pages_per_slab_ * page_bytes, kSystemPage)) {}
+
+PagePool::~PagePool() {
+  for (const auto& [address, slab] : slabs_) munmap(address, slab_bytes_);
+}
+
+float* PagePool::Take() {
+  while (!with_free_.empty()) {
+    const auto it = slabs_.find(with_free_.back());
+    if (it != slabs_.end() && !it->second.free.empty()) break;
+    with_free_.pop_back();
+  }
+  if (with_free_.empty()) {
+    void* memory =
+        mmap(nullptr, slab_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    // Small system pages: resident memory grows with the entries written, not by 2 MB steps.
+    madvise(memory, slab_bytes_, MADV_NOHUGEPAGE);
+    char* const address = static_cast<char*>(memory);
+    Slab& slab = slabs_[address];
+    for (int64_t i = pages_per_slab_ - 1; i >= 0; --i) {
+      slab.free.push_back(reinterpret_cast<float*>(address + i * page_bytes_));
+    }
+    with_free_.push_back(address);
+  }
+  Slab& slab = slabs_.at(with_free_.back());
+  float* const page = slab.free.back();
+  slab.free.pop_back();
+  ++slab.used;
+  ++pages_in_use_;
+  return page;
+}
+
+void PagePool::Give(float* page) {
+  auto it = slabs_.upper_bound(reinterpret_cast<char*>(page));
+  DETOUR_CHECK(it != slabs_.begin());
+  --it;
+  Slab& slab = it->second;
+  --pages_in_use_;
+  if (--slab.used == 0) {
+    munmap(it->first, slab_bytes_);
+    slabs_.erase(it);
+    return;
+  }
+  slab.free.push_back(page);
+  if (slab.free.size() == 1) with_free_.push_back(it->first);
+}
+
+LayerCache::LayerCache(const kernels::KvLayout& layout)
+    : layout_(layout), pool_(layout.PageBytes()) {}
+
+LayerCache::~LayerCache() = default;
+
+ops::KvStore::Pages LayerCache::Extend(int32_t sequence, int64_t num_entries) {
+  Entries& entries = sequences_[sequence];
+  const int64_t first = entries.count;
+  const int64_t pages = (first + num_entries + kernels::kPageEntries - 1) / kernels::kPageEntries;
+  while (static_cast<int64_t>(entries.pages.size()) < pages) entries.pages.push_back(pool_.Take());
+  entries.count += num_entries;
+  return {entries.pages.data(), first};
+}
+
+void LayerCache::Shrink(Entries& entries, int64_t count) {
+  entries.count = count;
+  const int64_t pages = (count + kernels::kPageEntries - 1) / kernels::kPageEntries;
+  while (static_cast<int64_t>(entries.pages.size()) > pages) {
+    pool_.Give(entries.pages.back());
+    entries.pages.pop_back();
+  }
+}
+
+void LayerCache::Truncate(int32_t sequence, int64_t num_positions) {
+  const auto it = sequences_.find(sequence);
+  if (it == sequences_.end()) return;
+  Entries& entries = it->second;
+  int64_t count = std::min(entries.count, num_positions);
+  if (layout_.with_positions) {
+    // Entry j's position is at least j, so none beyond `count` survives; positions rise.
+    const int64_t offset = 2 * layout_.num_kv_heads * layout_.head_dim * kernels::kPageEntries;
+    const auto position = [&](int64_t j) {
+      const float* page = entries.pages[j / kernels::kPageEntries];
+      return reinterpret_cast<const int32_t*>(page + offset)[j % kernels::kPageEntries];
+    };
+    while (count > 0 && position(count - 1) >= num_positions) --count;
+  }
+  Shrink(entries, count);
+}
+
+void LayerCache::Remove(int32_t sequence) {
+  const auto it = sequences_.find(sequence);
+  if (it == sequences_.end()) return;
+  Shrink(it->second, 0);
+  sequences_.erase(it);
+}
+
+int64_t LayerCache::num_entries(int32_t sequence) const {
+  const auto it = sequences_.find(sequence);
+  return it == sequences_.end() ? 0 : it->second.count;
+}
+
+RaggedCache::RaggedCache(const model::ModelConfig& config) {
+  for (int32_t l = 0; l < config.num_layers; ++l) {
+    const bool routed =
+        std::binary_search(config.routing.layers.begin(), config.routing.layers.end(), l);
+    layers_.push_back(std::make_unique<LayerCache>(
+        kernels::KvLayout{config.num_kv_heads, config.head_dim, routed}));
+    stores_.push_back(layers_.back().get());
+  }
+}
+
+void RaggedCache::Truncate(int32_t sequence, int64_t num_positions) {
+  for (auto& layer : layers_) layer->Truncate(sequence, num_positions);
+}
+
+void RaggedCache::Remove(int32_t sequence) {
+  for (auto& layer : layers_) layer->Remove(sequence);
+}
+
+int64_t RaggedCache::bytes() const {
+  int64_t bytes = 0;
+  for (const auto& layer : layers_) bytes += layer->bytes();
+  return bytes;
+}
+
+}  // namespace detour::infer

@@ -1,0 +1,86 @@
+#include "infer/score.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "core/error.h"
+#include "infer/ragged_cache.h"
+
+namespace detour::infer {
+
+ScoreMode ParseScoreMode(const std::string& name) {
+  if (name == "full") return ScoreMode::kFull;
+  if (name == "incremental") return ScoreMode::kIncremental;
+  if (name == "chunked") return ScoreMode::kChunked;
+  Fail("flag.mode", "--mode: expected full, incremental or chunked, got \"{}\"", name);
+}
+
+namespace {
+
+void CheckSequences(const model::ModelConfig& config,
+                    const std::vector<std::vector<int32_t>>& sequences) {
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    if (static_cast<int64_t>(sequences[b].size()) > config.max_position_embeddings) {
+      Fail("score", "sequence {} has {} tokens, the model's context is {}", b, sequences[b].size(),
+           config.max_position_embeddings);
+    }
+    for (int32_t id : sequences[b]) {
+      if (id < 0 || id >= config.vocab_size) {
+        Fail("score", "sequence {}: id {} is not in [0, {})", b, id, config.vocab_size);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>& sequences,
+             ScoreMode mode, int64_t chunk) {
+  const at::NoGradGuard no_grad;
+  CheckSequences(model.config, sequences);
+  if (mode == ScoreMode::kIncremental) chunk = 1;
+  if (mode == ScoreMode::kFull) chunk = model.config.max_position_embeddings;
+  RaggedCache cache(model.config);
+  Scores scores;
+  scores.logits.resize(sequences.size());
+  scores.routes.assign(sequences.size(), std::vector<Scores::Route>(model.layers.size()));
+  for (int64_t done = 0;; done += chunk) {
+    std::vector<int32_t> ids;
+    std::vector<routing::Segment> segments;
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      const auto length = static_cast<int64_t>(sequences[b].size());
+      if (done >= length) continue;
+      const auto begin = static_cast<int64_t>(ids.size());
+      const int64_t end = std::min(length, done + chunk);
+      ids.insert(ids.end(), sequences[b].begin() + done, sequences[b].begin() + end);
+      segments.push_back(
+          {static_cast<int32_t>(b), begin, begin + end - done, static_cast<int32_t>(done)});
+    }
+    if (ids.empty()) break;
+    const routing::Stream stream = routing::Stream::FromSegments(std::move(segments));
+    std::vector<routing::Plan> plans;
+    const at::Tensor h =
+        Forward(model, at::tensor(ids, at::kInt), stream,
+                {.plans = &plans, .caches = mode == ScoreMode::kFull ? nullptr : &cache.stores()});
+    const at::Tensor logits = Logits(model, h);
+    for (const routing::Segment& s : stream.segments) {
+      const float* row = ops::F32(logits) + s.begin * logits.size(1);
+      scores.logits[s.sequence].insert(scores.logits[s.sequence].end(), row,
+                                       row + (s.end - s.begin) * logits.size(1));
+    }
+    for (size_t l = 0; l < plans.size(); ++l) {
+      if (!model.layers[l].router) continue;
+      const std::vector<uint8_t> flags = RoutedFlags(plans[l], stream.num_rows());
+      const float* p = ops::F32(plans[l].scores_N2);
+      for (const routing::Segment& s : stream.segments) {
+        Scores::Route& route = scores.routes[s.sequence][l];
+        route.probs.insert(route.probs.end(), p + 2 * s.begin, p + 2 * s.end);
+        route.routed.insert(route.routed.end(), flags.begin() + s.begin, flags.begin() + s.end);
+      }
+    }
+  }
+  return scores;
+}
+
+}  // namespace detour::infer

@@ -1,0 +1,57 @@
+// System calls of this folder: every one checked, EINTR and short writes handled, fail points
+// before it.
+#pragma once
+
+#include <sys/stat.h>
+
+#include <cstddef>
+#include <span>
+#include <string>
+#include <utility>
+
+namespace detour::io {
+
+/// "PATH: cannot VERB: errno's text. Hint: …" from the current errno, as Error(`code`).
+[[noreturn]] void FailErrno(const char* code, const std::string& path, const char* verb);
+
+/// An owned file descriptor.
+class Fd {
+ public:
+  explicit Fd(int fd) : fd_(fd) {}
+  ~Fd();
+  Fd(Fd&& other) : fd_(std::exchange(other.fd_, -1)) {}
+  Fd& operator=(Fd&&) = delete;
+  int get() const { return fd_; }
+
+  /// A regular file for reading. Anything else (directory, FIFO, device) is Error("io.read"), at
+  /// once: a FIFO without a writer does not block.
+  static Fd OpenRegular(const std::string& path, struct stat* info);
+
+ private:
+  int fd_;
+};
+
+/// One file being written. Without Finish the destructor removes the file again: nothing
+/// half-written stays.
+class FileWriter {
+ public:
+  /// Creates or truncates. Error("io.write").
+  explicit FileWriter(std::string path);
+  ~FileWriter();
+  void Write(std::span<const std::byte> bytes);
+  void Finish();  ///< fsync and close
+
+ private:
+  std::string path_;
+  Fd fd_;
+  bool regular_ = true;  // a device or a pipe cannot be synced and is not ours to remove
+  bool finished_ = false;
+};
+
+/// fsync of a file or directory by name; Error("io.write").
+void Sync(const std::string& path);
+
+/// rename(2); Error("io.write").
+void Rename(const std::string& from, const std::string& to);
+
+}  // namespace detour::io

@@ -1,0 +1,153 @@
+// The CPU kernels that every value of a model comes from, in training and in serving.
+//
+// Contract (docs/architecture.md): an output element is a function of its inputs alone. It never
+// depends on the number of rows in the call, their order, the threads, padding, or the SIMD target
+// (AVX2 and AVX-512 give equal bits):
+//   - matrix products: lanes over outputs, acc = fma(x_k, w_mk, acc) for k = 0, 1, …, from +0;
+//   - reductions to one number: 16 virtual lanes (element i into lane i mod 16, ascending i, from
+//   +0), then the fixed tree
+//     lane[j] += lane[j + h] for h = 8, 4, 2, 1;
+//   - attention: see Attend; - exp: the polynomial of `reference::Exp`; no approximate reciprocals;
+//   IEEE division and sqrt.
+// Each kernel equals its scalar twin in kernels/reference.h bit for bit. All data is f32 unless
+// said; pointers must not alias unless said; strides (`ld*`) are in elements. Parallel over rows or
+// outputs with core/threads.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+namespace detour::kernels {
+
+// --- SIMD target
+// -----------------------------------------------------------------------------------------------------
+enum class Simd { kAuto, kAvx2, kAvx512 };
+/// Chooses the target of every later call. Throws Error("kernels.simd") where it was not compiled
+/// or the CPU lacks it, and where the CPU has no AVX2+FMA at all. Not thread-safe.
+void SetSimd(Simd simd);
+Simd ParseSimd(
+    const std::string& name);  ///< "auto" | "avx2" | "avx512"; Error("flag.simd") otherwise
+std::string SimdName();        ///< the target in force
+
+// --- Matrix product
+// --------------------------------------------------------------------------------------------------
+/// W [M,K] packed for Gemm: ceil(M/32) panels of [K][32] f32, 64-byte aligned, missing outputs
+/// zero.
+class PackedMatrix {
+ public:
+  PackedMatrix() = default;
+  /// Copies row-major W [M,K] with row stride `ldw`. Cost: M·K reads and writes. Reuses the buffer
+  /// if the shape is equal.
+  void Pack(const float* w, int64_t num_outputs, int64_t num_inputs, int64_t ldw);
+  int64_t num_outputs() const { return num_outputs_; }
+  int64_t num_inputs() const { return num_inputs_; }
+  const float* data() const { return data_.get(); }
+  int64_t bytes() const;
+
+ private:
+  struct Free {
+    void operator()(float* p) const;
+  };
+  int64_t num_outputs_ = 0, num_inputs_ = 0;
+  std::unique_ptr<float[], Free> data_;
+};
+
+/// y_NM = x_NK Wᵀ (+ bias_M, added last). bias may be null. N = 0 is fine. Adds 2·N·M·K to the op
+/// counter.
+void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, const float* bias,
+          float* y, int64_t ldy);
+
+// --- Attention over pages
+// --------------------------------------------------------------------------------------------
+inline constexpr int64_t kPageEntries = 16;
+
+/// A page holds up to 16 entries of one layer of one sequence: Kᵀ [G][K][16] (rotated keys), then V
+/// [G][16][K], then, if `with_positions`, int32 positions [16]. 64-byte aligned. Unwritten entries
+/// are never read as values.
+struct KvLayout {
+  int64_t num_kv_heads = 0, head_dim = 0;
+  bool with_positions = false;
+  int64_t PageBytes() const {
+    return (2 * num_kv_heads * head_dim + (with_positions ? 1 : 0)) * kPageEntries * 4;
+  }
+};
+
+/// Writes entry `slot` (0..15) of `page`: k_GK, v_GK, and the position if the layout has them.
+void WriteKv(const KvLayout& layout, float* page, int64_t slot, const float* k_GK,
+             const float* v_GK, int32_t position);
+
+/// The same for many rows: row r goes to entry first_entry + r of the page table `pages`. k row
+/// stride ldk, v row stride ldv.
+void WriteKvRows(const KvLayout& layout, float* const* pages, int64_t first_entry, int64_t num_rows,
+                 const float* k, int64_t ldk, const float* v, int64_t ldv,
+                 const int32_t* positions);
+
+/// Query rows [row_begin, row_begin + num_rows) of one sequence; row i sees entries [0, first_limit
+/// + i) of `pages`.
+struct AttendSegment {
+  const float* const* pages = nullptr;
+  int64_t row_begin = 0, num_rows = 0, first_limit = 0;
+};
+
+/// out_RHK = softmax(scale · q kᵀ) v per query row and head; query head h reads kv head h / (H/G).
+/// Per (row, head): s_j = scale · (fma over d = 0..K-1 of q_d k_jd, from +0); m = max_j s_j; p_j =
+/// exp(s_j − m); l = virtual-lane sum of p_j by entry index j; o_d = fma over j = 0, 1, … of p_j
+/// v_jd, from +0; out_d = o_d / l. If lse_RH is not null: lse = m + ln(l) (libm double log,
+/// rounded). Scratch: tile rows × keys floats per thread. Adds 4·K·H per visited (row, key) to the
+/// op counter.
+void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
+            std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH);
+
+// --- Rows
+// ------------------------------------------------------------------------------------------------------------
+/// y_ND = (x · (1 / sqrt(Σx²/D + eps))) · w_D; inv_rms_N is written if not null.
+void RmsNorm(const float* x, int64_t num_rows, int64_t dim, const float* w, float eps, float* y,
+             float* inv_rms_N);
+/// dx_ND (overwritten) and dw_D (overwritten) of the above. dw is summed over rows in row order
+/// within 64-row chunks, the chunks in order: independent of threads.
+void RmsNormBackward(const float* dy, const float* x, const float* w, const float* inv_rms_N,
+                     int64_t num_rows, int64_t dim, float* dx, float* dw);
+
+/// Half-split rotary embedding (Llama): for i < K/2 of each of `num_heads` heads of row r, with (c,
+/// s) = table row of positions[r]: y_i = x_i c_i − x_{i+K/2} s_i ; y_{i+K/2} = x_{i+K/2} c_i + x_i
+/// s_i. `inverse` negates s. x == y allowed. cos_sin: [max_position][2][K/2] f32. Second products
+/// are rounded, then fused: fma(x_i, c_i, −(x_{i+K/2}·s_i)).
+void Rope(const float* x, int64_t ldx, int64_t num_rows, int64_t num_heads, int64_t head_dim,
+          const int32_t* positions, const float* cos_sin, bool inverse, float* y, int64_t ldy);
+
+/// h = (g / (1 + exp(−g))) · u over n elements.
+void SiluMul(const float* g, const float* u, int64_t n, float* h);
+/// dg, du of the above; dg may alias g, du may alias u.
+void SiluMulBackward(const float* dh, const float* g, const float* u, int64_t n, float* dg,
+                     float* du);
+/// y = x / (1 + exp(−x)), and its backward dx = dy · σ(x)(1 + x(1 − σ(x))).
+void Silu(const float* x, int64_t n, float* y);
+void SiluBackward(const float* dy, const float* x, int64_t n, float* dx);
+/// y = 1 / (1 + exp(−x)).
+void Sigmoid(const float* x, int64_t n, float* y);
+
+/// y_ND = fma(weight_N, f_ND, x_ND); with weight null: x + f. y may alias x or f.
+void AddScaledRows(const float* x, const float* f, const float* weight_N, int64_t num_rows,
+                   int64_t dim, float* y);
+
+/// y_RD = x[rows_R] ; and y[rows_R] = x_RD. Row strides given.
+void GatherRows(const float* x, int64_t ldx, const int32_t* rows, int64_t num_rows, int64_t dim,
+                float* y, int64_t ldy);
+void ScatterRows(const float* x, int64_t ldx, const int32_t* rows, int64_t num_rows, int64_t dim,
+                 float* y, int64_t ldy);
+
+/// y[rows_R]: each kv head's value repeated for its H/G query heads: y_{h,d} = v_{h/(H/G), d}. v
+/// rows are v[rows_R].
+void RepeatKvRows(const float* v, int64_t ldv, const int32_t* rows, int64_t num_rows,
+                  int64_t num_kv_heads, int64_t num_heads, int64_t head_dim, float* y, int64_t ldy);
+
+/// loss_N = ln Σ_v exp(logit_v − max) + max − logit_target (libm double log, rounded); target < 0
+/// gives 0. In place, if `write_gradient`: logits become (softmax − onehot) · gradient_scale, zero
+/// for target < 0.
+void CrossEntropyRows(float* logits, int64_t num_rows, int64_t vocab, const int32_t* targets,
+                      bool write_gradient, float gradient_scale, float* loss_N);
+
+}  // namespace detour::kernels

@@ -1,0 +1,39 @@
+// Matrix parameters and the products with them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "kernels/kernels.h"
+
+namespace detour::ops {
+
+/// Pointer to the data of a contiguous f32 CPU tensor. CHECKs that it is one.
+float* F32(const at::Tensor& t);
+const int32_t* I32(const at::Tensor& t);
+
+/// A weight W [M,K] (rows = outputs, as torch.nn.Linear) and optional bias [M], with the packed
+/// copy the kernels read. The copy follows the weight: it is made anew when the tensor's version
+/// has changed. Copies share the packed data. Not thread-safe: one forward pass at a time per
+/// weight.
+class Matrix {
+ public:
+  at::Tensor weight;
+  at::Tensor bias;  ///< undefined if there is none
+
+  const kernels::PackedMatrix& Packed() const;
+
+ private:
+  struct Cache {
+    kernels::PackedMatrix packed;
+    const void* data = nullptr;
+    int64_t version = -1;
+  };
+  std::shared_ptr<Cache> cache_ = std::make_shared<Cache>();
+};
+
+/// y_NM = x_NK Wᵀ + bias. Forward: kernels::Gemm. Backward: torch.mm. Counted in the op counter.
+at::Tensor Linear(const at::Tensor& x_NK, const Matrix& matrix);
+
+}  // namespace detour::ops

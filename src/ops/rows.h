@@ -1,0 +1,36 @@
+// Row-wise operations: the forward is a kernel, the backward a kernel or a torch expression.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace detour::ops {
+
+/// x / rms(x) · w per row (kernels::RmsNorm). x_ND, w_D.
+at::Tensor RmsNorm(const at::Tensor& x_ND, const at::Tensor& w_D, double eps);
+
+/// silu(g) · u, elementwise. The gradients overwrite nothing.
+at::Tensor SiluMul(const at::Tensor& g_NF, const at::Tensor& u_NF);
+at::Tensor Silu(const at::Tensor& x);
+at::Tensor Sigmoid(const at::Tensor& x);
+
+/// x + weight_N · f, one fused multiply-add per element; weight undefined means 1 (plain addition).
+at::Tensor AddScaled(const at::Tensor& x_ND, const at::Tensor& f_ND, const at::Tensor& weight_N);
+
+/// x[rows_R]; rows i32, ascending and distinct. Backward: scatter into zeros.
+at::Tensor GatherRows(const at::Tensor& x_ND, const at::Tensor& rows_R);
+
+/// Rows of the embedding table for ids i32 [N]. Ids must be in range (CHECK).
+at::Tensor Embed(const at::Tensor& table_VD, const at::Tensor& ids_N);
+
+/// Rotary embedding of x [R, heads·K] at positions i32 [R]; the table is [max_position, 2, K/2]
+/// (MakeRopeTable).
+at::Tensor Rope(const at::Tensor& x, const at::Tensor& positions_R, const at::Tensor& cos_sin,
+                int64_t head_dim);
+
+/// cos and sin of position · theta^(−2i/K), angle formed in f32 as transformers does, for positions
+/// 0..num_positions-1.
+at::Tensor MakeRopeTable(int64_t num_positions, int64_t head_dim, double theta);
+
+}  // namespace detour::ops

@@ -1,0 +1,355 @@
+#include "train/loop.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <filesystem>
+#include <memory>
+#include <optional>
+
+#include "core/error.h"
+#include "core/op_counter.h"
+#include "eval/perplexity.h"
+#include "io/atomic.h"
+#include "model/cost.h"
+#include "report/memory.h"
+#include "report/metrics.h"
+#include "report/status.h"
+#include "report/table.h"
+#include "routing/registry.h"
+#include "train/schedule.h"
+#include "train/step.h"
+
+namespace detour::train {
+
+namespace fs = std::filesystem;
+
+Json TrainConfigToJson(const TrainConfig& c) {
+  return {{"data_dir", c.data_dir},
+          {"model_config", c.model_config},
+          {"init_from", c.init_from},
+          {"method", c.method},
+          {"layout", c.layout},
+          {"aux_loss_coeff", c.aux_loss_coeff},
+          {"seq_len", c.seq_len},
+          {"micro_batch_size", c.micro_batch_size},
+          {"global_batch_size", c.global_batch_size},
+          {"max_steps", c.max_steps},
+          {"max_tokens", c.max_tokens},
+          {"max_time", c.max_time_s},
+          {"lr", c.lr},
+          {"min_lr", c.min_lr},
+          {"warmup_steps", c.warmup_steps},
+          {"lr_schedule", c.lr_schedule},
+          {"decay_ratio", c.decay_ratio},
+          {"beta1", c.beta1},
+          {"beta2", c.beta2},
+          {"adam_eps", c.adam_eps},
+          {"weight_decay", c.weight_decay},
+          {"grad_clip", c.grad_clip},
+          {"target_share", c.target_share},
+          {"share_ramp", c.share_ramp},
+          {"controller_rate", c.controller_rate},
+          {"document_attention", c.document_attention},
+          {"activation_checkpointing", c.activation_checkpointing},
+          {"seed", c.seed},
+          {"eval_every", c.eval_every},
+          {"eval_tokens", c.eval_tokens},
+          {"save_every", c.save_every},
+          {"keep_last", c.keep_last},
+          {"log_every", c.log_every}};
+}
+
+model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
+  const std::string& source = c.init_from.empty() ? c.model_config : c.init_from;
+  if (source.empty()) Fail("train.config", "no model: give --model-config FILE or --init-from DIR");
+  model::ModelConfig config = model::LoadConfig(source);
+  if (!c.method.empty() && c.method != config.routing.method) {
+    config.routing = {};
+    config.routing.method = c.method;
+    routing::FindMethod(c.method);
+    if (c.method != "dense") config.routing.layers = {1};  // replaced below
+  }
+  if (config.routing.method != "dense" && (!c.layout.empty() || config.routing.layers.empty() ||
+                                           config.routing.layers == std::vector<int32_t>{1})) {
+    config.routing.layers =
+        routing::LayoutLayers(c.layout.empty() ? "bilayer" : c.layout, config.num_layers);
+  }
+  if (c.aux_loss_coeff >= 0) config.routing.aux_loss_coeff = c.aux_loss_coeff;
+  return config;
+}
+
+model::Model InitialModel(const TrainConfig& c) {
+  if (!c.init_from.empty()) return model::LoadModel(c.init_from);
+  model::Model m = model::AllocateModel(ResolveModelConfig(c));
+  model::InitializeWeights(m, c.seed);
+  return m;
+}
+
+int64_t TotalSteps(const TrainConfig& c) {
+  const int64_t per_step = c.global_batch_size * c.seq_len;
+  if (c.max_steps > 0) return c.max_steps;
+  if (c.max_tokens > 0) return (c.max_tokens + per_step - 1) / per_step;
+  Fail("train.config", "no end: give --max-steps or --max-tokens");
+}
+
+namespace {
+
+/// The state and the outputs of one run.
+class Run {
+ public:
+  Run(const TrainConfig& config, const std::function<bool()>& stop_requested)
+      : config_(config),
+        stop_requested_(stop_requested),
+        train_(data::TokenShards::Open(config.data_dir, data::Split::kTrain)),
+        val_(data::TokenShards::Open(config.data_dir, data::Split::kVal)),
+        sampler_(train_.num_tokens(), config.seq_len, config.seed),
+        total_steps_(TotalSteps(config)),
+        eta_(static_cast<double>(total_steps_)) {}
+
+  TrainSummary Train();
+
+ private:
+  void Prepare();
+  void Resume(const std::string& checkpoint);
+  std::vector<eval::Batch> NextBatches();
+  void Log(const StepResult& step, double lr, double target_share, double seconds);
+  void Validate();
+  void Save();
+
+  const TrainConfig& config_;
+  const std::function<bool()>& stop_requested_;
+  const data::TokenShards train_, val_;
+  const data::BatchSampler sampler_;
+  const int64_t total_steps_;
+  model::Model model_;
+  std::unique_ptr<AdamW> optimizer_;
+  TrainerState state_;
+  TrainSummary summary_;
+  std::optional<report::MetricsLog> metrics_;
+  std::optional<report::TensorBoardWriter> tensorboard_;
+  report::StatusLine status_;
+  report::Eta eta_;
+  int64_t saved_step_ = -1;
+};
+
+void Run::Prepare() {
+  if (config_.global_batch_size % config_.micro_batch_size != 0) {
+    Fail("train.config", "--global-batch-size {} is no multiple of --micro-batch-size {}",
+         config_.global_batch_size, config_.micro_batch_size);
+  }
+  fs::create_directories(config_.out_dir);
+  std::string resume;
+  if (config_.resume == "auto") {
+    resume = LatestCheckpoint(config_.out_dir);
+  } else if (!config_.resume.empty()) {
+    resume = config_.resume;
+  } else if (!LatestCheckpoint(config_.out_dir).empty()) {
+    Fail("train.out_dir",
+         "{} already holds checkpoints. Hint: --resume auto goes on with them; or choose another "
+         "--out-dir",
+         config_.out_dir);
+  }
+  model_ = resume.empty() ? InitialModel(config_) : model::LoadModel(resume);
+  if (model_.config.vocab_size != train_.vocab_size()) {
+    Fail("train.config", "the model has a vocabulary of {}, the data {} were made with one of {}",
+         model_.config.vocab_size, config_.data_dir, train_.vocab_size());
+  }
+  if (config_.seq_len > model_.config.max_position_embeddings) {
+    Fail("train.config", "--seq-len {} is beyond the model's max_position_embeddings {}",
+         config_.seq_len, model_.config.max_position_embeddings);
+  }
+  optimizer_ = std::make_unique<AdamW>(
+      model_, AdamWOptions{config_.beta1, config_.beta2, config_.adam_eps, config_.weight_decay});
+  state_.seed = config_.seed;
+  if (!resume.empty()) Resume(resume);
+  state_.config = TrainConfigToJson(config_);
+  const int64_t resume_step = resume.empty() ? -1 : state_.step;
+  metrics_ = report::MetricsLog::Open(config_.out_dir + "/metrics.jsonl", resume_step);
+  if (!config_.tensorboard.empty()) tensorboard_.emplace(config_.tensorboard, resume_step);
+
+  const int64_t routers = model::CountParameters(model_, /*routers_only=*/true);
+  const int64_t all = model::CountParameters(model_);
+  status_.Print(fmt::format(
+      "{}: {} parameters ({} in routers, {:.2f} %), {} layers of which {} routed; {} steps of {} "
+      "tokens; {} training tokens a pass",
+      model_.config.routing.method, report::FormatCount(all), report::FormatCount(routers),
+      100.0 * routers / all, model_.config.num_layers, model_.config.routing.layers.size(),
+      total_steps_, report::FormatThousands(config_.global_batch_size * config_.seq_len),
+      report::FormatCount(train_.num_tokens())));
+}
+
+void Run::Resume(const std::string& checkpoint) {
+  state_ = LoadTrainerState(checkpoint, *optimizer_);
+  saved_step_ = state_.step;
+  summary_.checkpoint = checkpoint;
+  const Json now = TrainConfigToJson(config_);
+  for (const auto& [key, value] : now.items()) {
+    if (state_.config.contains(key) && state_.config.at(key) != value) {
+      status_.Print(fmt::format("note: {} was {} when the checkpoint was written, is now {}", key,
+                                state_.config.at(key).dump(), value.dump()));
+    }
+  }
+  status_.Print(fmt::format("resuming {} at step {}", checkpoint, state_.step));
+}
+
+std::vector<eval::Batch> Run::NextBatches() {
+  std::vector<eval::Batch> batches;
+  for (int64_t done = 0; done < config_.global_batch_size; done += config_.micro_batch_size) {
+    std::vector<int64_t> firsts;
+    for (int64_t i = 0; i < config_.micro_batch_size; ++i) {
+      firsts.push_back(sampler_.Sequence(state_.next_sequence + done + i));
+    }
+    batches.push_back(eval::MakeBatch(train_, firsts, config_.seq_len, config_.document_attention));
+    batches.back().first_row = done * config_.seq_len;
+  }
+  return batches;
+}
+
+void Run::Log(const StepResult& step, double lr, double target_share, double seconds) {
+  const double tokens = static_cast<double>(config_.global_batch_size * config_.seq_len);
+  std::vector<double> routed;
+  for (int32_t l : model_.config.routing.layers) routed.push_back(step.share[l]);
+  double mean_share = 0;
+  for (double s : routed) mean_share += s / routed.size();
+  eta_.Update(static_cast<double>(state_.step));
+  const std::string share_text =
+      routed.empty() ? "" : fmt::format("  attend {:5.1f}%", 100 * mean_share);
+  status_.Update(fmt::format(
+      "step {}/{}  loss {:.4f}{}  grad {:.2f}  lr {:.2e}  {} tok/s  {}  ETA {}", state_.step,
+      total_steps_, step.loss, share_text, step.grad_norm, lr,
+      report::FormatCount(tokens / seconds), report::FormatBytes(report::CurrentRssBytes()),
+      report::FormatDuration(eta_.RemainingSeconds())));
+  if (state_.step % config_.log_every != 0 && state_.step != total_steps_) return;
+  Json record = {{"loss", step.loss},
+                 {"grad_norm", step.grad_norm},
+                 {"lr", lr},
+                 {"tokens", state_.tokens},
+                 {"tokens_per_s", tokens / seconds},
+                 {"rss_bytes", report::CurrentRssBytes()}};
+  if (!routed.empty()) {
+    record["share"] = mean_share;
+    record["share_by_layer"] = routed;
+    record["aux_loss"] = step.aux_loss;
+    if (config_.target_share > 0) record["target_share"] = target_share;
+  }
+  metrics_->Write(state_.step, record);
+  if (!tensorboard_) return;
+  std::vector<std::pair<std::string, double>> scalars = {{"train/loss", step.loss},
+                                                         {"train/grad_norm", step.grad_norm},
+                                                         {"train/lr", lr},
+                                                         {"train/tokens_per_s", tokens / seconds}};
+  if (!routed.empty()) {
+    scalars.emplace_back("routing/share", mean_share);
+    for (size_t i = 0; i < routed.size(); ++i) {
+      scalars.emplace_back(fmt::format("routing/layer{}", model_.config.routing.layers[i]),
+                           routed[i]);
+    }
+  }
+  tensorboard_->Scalars(state_.step, scalars);
+}
+
+void Run::Validate() {
+  const eval::EvalResult result =
+      eval::Evaluate(model_, val_,
+                     {.seq_len = config_.seq_len,
+                      .max_tokens = config_.eval_tokens,
+                      .micro_batch_size = config_.micro_batch_size,
+                      .document_attention = config_.document_attention});
+  summary_.val_loss = result.loss;
+  summary_.val_bits_per_byte = result.bits_per_byte;
+  summary_.val_share = result.share_routed;
+  Json record = {{"val_loss", result.loss}, {"val_bits_per_byte", result.bits_per_byte}};
+  std::string share_text;
+  if (!model_.config.routing.layers.empty()) {
+    record["val_share"] = result.share_routed;
+    share_text = fmt::format(", {:.1f}% attend in routed layers", 100 * result.share_routed);
+  }
+  metrics_->Write(state_.step, record);
+  status_.Print(fmt::format("step {}: validation loss {:.4f} ± {:.4f}, {:.4f} bits per byte{}",
+                            state_.step, result.loss, result.loss_stderr, result.bits_per_byte,
+                            share_text));
+  if (tensorboard_) {
+    tensorboard_->Scalar(state_.step, "val/loss", result.loss);
+    tensorboard_->Scalar(state_.step, "val/bits_per_byte", result.bits_per_byte);
+  }
+}
+
+void Run::Save() {
+  if (saved_step_ == state_.step) return;
+  metrics_->Sync();
+  state_.seconds = summary_.seconds;
+  const std::string& tokenizer =
+      config_.tokenizer_dir.empty() ? config_.data_dir : config_.tokenizer_dir;
+  summary_.checkpoint =
+      SaveCheckpoint(config_.out_dir, model_, *optimizer_, state_, tokenizer, config_.keep_last);
+  saved_step_ = state_.step;
+}
+
+TrainSummary Run::Train() {
+  Prepare();
+  summary_.stopped_by = "done";
+  summary_.seconds = state_.seconds;
+  const double seconds_before = state_.seconds;
+  int64_t tokens_now = 0;
+  while (state_.step < total_steps_) {
+    const double start = report::MonotonicSeconds();
+    const double lr = LearningRate(config_, state_.step, total_steps_);
+    const double target =
+        config_.target_share > 0 ? TargetShare(config_, state_.step, total_steps_) : 0;
+    StepResult step;
+    try {
+      step = TrainStep(model_, *optimizer_, NextBatches(),
+                       {.lr = lr,
+                        .grad_clip = config_.grad_clip,
+                        .target_share = target,
+                        .controller_rate = config_.controller_rate,
+                        .activation_checkpointing = config_.activation_checkpointing,
+                        .seed = config_.seed,
+                        .step = state_.step});
+    } catch (const Error& error) {
+      status_.Finish();
+      if (error.code() != "train.diverged") throw;
+      throw Error(error.code(), std::string(error.what()).substr(error.code().size() + 3) +
+                                    "; last checkpoint: " +
+                                    (summary_.checkpoint.empty() ? "none" : summary_.checkpoint));
+    }
+    const int64_t tokens = config_.global_batch_size * config_.seq_len;
+    state_.step += 1;
+    state_.tokens += tokens;
+    state_.next_sequence += config_.global_batch_size;
+    tokens_now += tokens;
+    const double seconds = report::MonotonicSeconds() - start;
+    summary_.seconds += seconds;
+    summary_.loss = step.loss;
+    Log(step, lr, target, seconds);
+    const bool last = state_.step == total_steps_;
+    if (last || (config_.eval_every > 0 && state_.step % config_.eval_every == 0)) Validate();
+    if (last || (config_.save_every > 0 && state_.step % config_.save_every == 0)) Save();
+    if (last) break;
+    if (stop_requested_()) {
+      summary_.stopped_by = "signal";
+    } else if (config_.max_time_s > 0 && summary_.seconds >= config_.max_time_s) {
+      summary_.stopped_by = "max-time";
+      Validate();
+    }
+    if (summary_.stopped_by != "done") {
+      Save();
+      break;
+    }
+  }
+  status_.Finish();
+  summary_.steps = state_.step;
+  summary_.tokens = state_.tokens;
+  summary_.tokens_per_s = tokens_now / std::max(summary_.seconds - seconds_before, 1e-9);
+  summary_.peak_rss_bytes = report::PeakRssBytes();
+  return summary_;
+}
+
+}  // namespace
+
+TrainSummary RunTraining(const TrainConfig& config, const std::function<bool()>& stop_requested) {
+  return Run(config, stop_requested).Train();
+}
+
+}  // namespace detour::train

@@ -1,0 +1,70 @@
+#include "train/optimizer.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cmath>
+
+namespace detour::train {
+
+AdamW::AdamW(model::Model& model, const AdamWOptions& options) : options_(options) {
+  ForEachTensor(model, [&](const std::string& name, at::Tensor& weight) {
+    weight.requires_grad_(true);
+    params_.push_back(
+        {name, weight, at::zeros_like(weight), at::zeros_like(weight), at::zeros({}, at::kFloat)});
+  });
+}
+
+void AdamW::ZeroGrad() {
+  for (Param& p : params_) p.weight.mutable_grad() = at::Tensor();
+}
+
+double AdamW::ClipGradNorm(double max_norm) {
+  std::vector<at::Tensor> grads;
+  double sum = 0;
+  for (Param& p : params_) {
+    if (!p.weight.grad().defined()) continue;
+    grads.push_back(p.weight.grad());
+    const double norm = at::linalg_vector_norm(grads.back()).item<double>();
+    sum += norm * norm;
+  }
+  const double norm = std::sqrt(sum);
+  // 1e-6 as in torch.nn.utils.clip_grad_norm_.
+  const double scale = max_norm / (norm + 1e-6);
+  if (max_norm > 0 && scale < 1) {
+    for (at::Tensor& grad : grads) grad.mul_(scale);
+  }
+  return norm;
+}
+
+void AdamW::Step(double lr) {
+  const at::NoGradGuard no_grad;
+  for (const bool decay : {true, false}) {
+    std::vector<at::Tensor> weights, grads, exp_avgs, exp_avg_sqs, steps;
+    for (Param& p : params_) {
+      if ((p.weight.dim() >= 2) != decay || !p.weight.grad().defined()) continue;
+      weights.push_back(p.weight);
+      grads.push_back(p.weight.grad());
+      exp_avgs.push_back(p.exp_avg);
+      exp_avg_sqs.push_back(p.exp_avg_sq);
+      p.step.add_(1);
+      steps.push_back(p.step);
+    }
+    if (weights.empty()) continue;
+    at::_fused_adamw_(weights, grads, exp_avgs, exp_avg_sqs, /*max_exp_avg_sqs=*/{}, steps, lr,
+                      options_.beta1, options_.beta2, decay ? options_.weight_decay : 0.0,
+                      options_.eps, /*amsgrad=*/false, /*maximize=*/false);
+    // The packed copies of the weights follow the version.
+    for (at::Tensor& w : weights) torch::autograd::impl::bump_version(w);
+  }
+}
+
+void AdamW::ForEachState(const routing::TensorVisitor& visit) {
+  for (Param& p : params_) {
+    visit(p.name + ".exp_avg", p.exp_avg);
+    visit(p.name + ".exp_avg_sq", p.exp_avg_sq);
+    visit(p.name + ".step", p.step);
+  }
+}
+
+}  // namespace detour::train
