@@ -1,5 +1,7 @@
-"""Opens a page of `detour` in headless Chromium and moves a pointer over all that reacts to one. Fails on any
-JavaScript or security-policy error, on a missing tooltip and on text wider than a phone.
+"""Opens a page of `detour` in headless Chromium and moves a pointer over all that reacts to one.
+
+Fails on any JavaScript or security-policy error, on a missing tooltip and on a page wider than its
+window.
 
 usage: page_browser_test.py PAGE.html     exit code 0: fine; 1: not; 77: no Chromium
 """
@@ -44,15 +46,16 @@ PROBE = """
 
 
 def run(browser, url, width, profile):
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-               "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-dev-shm-usage",
-               f"--user-data-dir={profile}", f"--window-size={width},900", "--enable-logging=stderr",
-               "--dump-dom", url]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               "--disable-dev-shm-usage", f"--user-data-dir={profile}",
+               f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", url]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def main(page):
-    browser = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    names = ["chromium", "chromium-browser", "google-chrome"]
+    browser = next(filter(None, map(shutil.which, names)), None)
     if not browser:
         print("skipped: no Chromium")
         return 77
@@ -70,10 +73,11 @@ def main(page):
             result = run(browser, f"file://{probed}", width, profile)
             console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
             report = re.search(r'data-report="([^"]*)"', result.stdout)
-            report = html.unescape(report.group(1)) if report else "the page's script did not finish"
+            report = html.unescape(report.group(1)) if report else "the script did not finish"
             fine = not console and '"problems":[]' in report
             failed |= not fine
-            print(f"{width} px: {'fine' if fine else 'FAILED'}\n  " + "\n  ".join([report[:1500]] + console))
+            print(f"{width} px: {'fine' if fine else 'FAILED'}")
+            print("\n".join("  " + line for line in [report[:1500]] + console))
     return int(failed)
 
 

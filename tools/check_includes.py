@@ -23,8 +23,9 @@ ALLOWED = {
     "routing": ["core", "ops"],
     "model": ["core", "io", "ops", "routing/router.h", "routing/plan.h", "routing/registry.h"],
     "convert": ["core", "kernels", "io", "data", "routing", "model"],
-    "eval": ["core", "data", "report", "ops", "model"],
-    "train": ["core", "data", "io", "report", "ops", "routing/router.h", "routing/registry.h", "model", "eval"],
+    "eval": ["core", "data", "report", "ops", "routing/plan.h", "model"],
+    "train": ["core", "data", "io", "report", "ops", "routing/router.h", "routing/registry.h",
+              "routing/plan.h", "routing/controller.h", "model", "eval"],
     "infer": ["core", "data", "report", "ops", "routing/router.h", "model"],
     "cli": ["core", "kernels", "io", "data", "report", "ops", "routing", "model", "convert", "eval", "train", "infer"],
 }

@@ -16,6 +16,7 @@
 #include "cli/commands.h"
 #include "cli/run_config.h"
 #include "core/error.h"
+#include "ops/torch_threads.h"
 
 namespace detour::cli {
 namespace {
@@ -42,7 +43,7 @@ int PrintError(const std::string& message, ExitCode code) {
   return code;
 }
 
-int PrintUsageError(const CLI::App& app, const CLI::ParseError& error, const ExpandedArgs& args) {
+int PrintUsageError(CLI::App& app, const CLI::ParseError& error, const ExpandedArgs& args) {
   std::string message = OneLine(error.what(), false);
   for (const auto& [flag, where] : args.origin) {
     const size_t at = message.find(flag);
@@ -52,16 +53,19 @@ int PrintUsageError(const CLI::App& app, const CLI::ParseError& error, const Exp
     message = where + ": " + message;
     break;
   }
-  const CLI::App* sub = &app;
+  CLI::App* sub = &app;
   std::string command = "detour";
   while (!sub->get_subcommands().empty()) {
     sub = sub->get_subcommands()[0];
     command += " " + sub->get_name();
   }
   const std::vector<std::string> extras = app.remaining(true);
-  if (dynamic_cast<const CLI::ExtrasError*>(&error) && !extras.empty()) {
+  // A misspelt flag is also why a required one is missing.
+  const bool blame_extras = dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr ||
+                            dynamic_cast<const CLI::RequiredError*>(&error) != nullptr;
+  if (blame_extras && !extras.empty()) {
     std::vector<std::string> known = LongFlags(*sub);
-    for (const CLI::App* s : sub->get_subcommands(nullptr)) known.push_back(s->get_name());
+    for (CLI::App* s : sub->get_subcommands(nullptr)) known.push_back(s->get_name());
     const std::string extra = extras[0].substr(0, extras[0].find('='));
     const std::string near = Nearest(extra, known);
     message = fmt::format("unexpected \"{}\".{}", OneLine(extra, false),
@@ -77,12 +81,14 @@ int Run(int argc, char** argv) {
   app.set_version_flag("--version", "detour " DETOUR_VERSION);
   app.require_subcommand(0, 1);
   app.footer(kFooter);
+  AddTokenizerCommand(app);
   AddPrepareCommand(app);
   AddTrainCommand(app);
   AddEvalCommand(app);
   AddGenerateCommand(app);
   AddLogitsCommand(app);
   AddInfoCommand(app);
+  AddReportCommand(app);
 
   ExpandedArgs args;
   try {
@@ -103,6 +109,7 @@ int Main(int argc, char** argv) {
   // A closed pipe (`detour … | head`) ends the program without a word, also where a parent ignores
   // the signal.
   signal(SIGPIPE, SIG_DFL);
+  ops::InstallTorchThreads();
   try {
     const int code = Run(argc, argv);
     std::cout.flush();

@@ -2,8 +2,6 @@
 #include "data/prepare.h"
 
 #include <fmt/format.h>
-#include <signal.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -11,6 +9,8 @@
 #include <optional>
 #include <string>
 
+#include "cli/commands.h"
+#include "cli/signals.h"
 #include "core/threads.h"
 #include "data/tokenizer.h"
 #include "report/status.h"
@@ -25,29 +25,6 @@ struct PrepareFlags {
   bool parse_special = false, dry_run = false;
   int64_t max_line_mb = 64;
   int threads = 0;
-};
-
-volatile sig_atomic_t interrupted = 0;
-
-// While it lives, SIGINT and SIGTERM only set `interrupted`; a second one kills. No SA_RESTART: a
-// read from a terminal must return.
-class InterruptGuard {
- public:
-  InterruptGuard() {
-    interrupted = 0;
-    struct sigaction action = {};
-    action.sa_handler = [](int) { interrupted = 1; };
-    action.sa_flags = SA_RESETHAND;
-    sigaction(SIGINT, &action, &old_int_);
-    sigaction(SIGTERM, &action, &old_term_);
-  }
-  ~InterruptGuard() {
-    sigaction(SIGINT, &old_int_, nullptr);
-    sigaction(SIGTERM, &old_term_, nullptr);
-  }
-
- private:
-  struct sigaction old_int_, old_term_;
 };
 
 std::string ProgressText(const data::PrepareProgress& p, report::Eta* eta) {
@@ -123,10 +100,10 @@ void RunPrepare(PrepareFlags flags) {
   const auto tokenizer = data::Tokenizer::Load(flags.tokenizer);
   const data::TextEncoder encoder = data::EncoderOf(*tokenizer, flags.parse_special);
 
-  const InterruptGuard guard;
+  InstallStopHandler();
   report::StatusLine status;
   std::optional<report::Eta> eta;
-  options.cancelled = [] { return interrupted != 0; };
+  options.cancelled = StopRequested;
   options.progress = [&](const data::PrepareProgress& p) {
     if (!eta) eta.emplace(p.total_bytes);
     status.Update(ProgressText(p, &*eta));

@@ -17,13 +17,15 @@
 namespace detour::cli {
 namespace {
 
+using Strings = std::vector<std::string>;
+
 constexpr char kGroup[] = "Run file";
 constexpr size_t kMaxFileBytes = 1 << 20;
 
 // Options of `app` and of its option groups, which CLI11 keeps as subcommands without a name.
-std::vector<const CLI::Option*> AllOptions(const CLI::App& app) {
-  std::vector<const CLI::Option*> options = app.get_options();
-  for (const CLI::App* group :
+std::vector<CLI::Option*> AllOptions(CLI::App& app) {
+  std::vector<CLI::Option*> options = app.get_options([](const CLI::Option*) { return true; });
+  for (CLI::App* group :
        app.get_subcommands([](const CLI::App* sub) { return sub->get_name().empty(); })) {
     const auto more = AllOptions(*group);
     options.insert(options.end(), more.begin(), more.end());
@@ -68,7 +70,7 @@ std::string ReadFile(const std::string& path) {
 // One run file on its way to arguments.
 class Expansion {
  public:
-  Expansion(const CLI::App& sub, std::string path, const std::vector<std::string>& user_args)
+  Expansion(CLI::App& sub, std::string path, const Strings& user_args)
       : sub_(sub), path_(std::move(path)), user_args_(user_args) {}
 
   void Run() {
@@ -79,7 +81,7 @@ class Expansion {
     }
   }
 
-  std::vector<std::string> args;
+  Strings args;
   std::map<std::string, std::string> origin;
 
  private:
@@ -112,7 +114,7 @@ class Expansion {
 
   void AddValue(const CLI::Option& option, const std::string& flag, const std::string& key,
                 const std::string& where, const toml::node& node) {
-    std::vector<std::string> values;
+    Strings values;
     const toml::array* array = node.as_array();
     const size_t num_values = array ? array->size() : 1;
     for (size_t i = 0; i < num_values; ++i) {
@@ -156,9 +158,9 @@ class Expansion {
     });
   }
 
-  std::vector<std::string> KnownFlags() const {
-    std::vector<std::string> flags;
-    for (const CLI::Option* option : AllOptions(sub_)) {
+  Strings KnownFlags() const {
+    Strings flags;
+    for (CLI::Option* option : AllOptions(sub_)) {
       if (!Configurable(sub_, *option)) continue;
       for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
     }
@@ -171,9 +173,9 @@ class Expansion {
     return key;
   }
 
-  const CLI::App& sub_;
+  CLI::App& sub_;
   const std::string path_;
-  const std::vector<std::string>& user_args_;
+  const Strings& user_args_;
 };
 
 // Text as a TOML value that ScalarText turns back into the same text or, for a number, into the
@@ -194,16 +196,31 @@ std::string TomlValue(const std::string& text, const std::string& type_name) {
   return nlohmann::json(text).dump();  // a JSON string is a TOML string
 }
 
+// A default such as 0 for "no limit" may lie outside the range that is checked where a user gives
+// the option.
+bool PassesOwnChecks(CLI::Option& option, const std::string& text) {
+  for (int i = 0;; ++i) {
+    const CLI::Validator* validator = nullptr;
+    try {
+      validator = option.get_validator(i);
+    } catch (const CLI::OptionNotFound&) {
+      return true;  // that was all of them
+    }
+    if (!(*validator)(text).empty()) return false;
+  }
+}
+
 // The option's values as typed: from the command line or the run file, or else its default.
-std::vector<std::string> Values(const CLI::Option& option) {
+Strings Values(CLI::Option& option) {
   if (option.count() > 0) {
     const auto& results = option.results();
-    return IsList(option) ? results : std::vector<std::string>{results.back()};
+    return IsList(option) ? results : Strings{results.back()};
   }
   std::string text = option.get_default_str();
   if (!option.get_excludes().empty()) return {};
   if (IsFlag(option)) return {text.empty() ? "false" : text};
-  if (!IsList(option)) return text.empty() ? std::vector<std::string>{} : std::vector{text};
+  if (text.empty()) return {};
+  if (!IsList(option)) return PassesOwnChecks(option, text) ? Strings{text} : Strings{};
   // A list's default is "[1,3]", but "1 3" where libtorch's headers lend std::vector their
   // operator<<.
   if (text.starts_with('[') && text.ends_with(']')) text = text.substr(1, text.size() - 2);
@@ -233,9 +250,9 @@ CLI::Option* AddFlag(CLI::App& sub, const std::string& names, bool& value,
   return sub.add_flag(names, value, help)->default_str(value ? "true" : "false");
 }
 
-ExpandedArgs ExpandRunConfig(const CLI::App& app, const std::vector<std::string>& args) {
+ExpandedArgs ExpandRunConfig(CLI::App& app, const std::vector<std::string>& args) {
   ExpandedArgs expanded{args, {}};
-  const CLI::App* sub = &app;
+  CLI::App* sub = &app;
   size_t first = 0;
   for (; first < args.size(); ++first) {
     const auto next = sub->get_subcommands(
@@ -247,7 +264,10 @@ ExpandedArgs ExpandRunConfig(const CLI::App& app, const std::vector<std::string>
   if (config == nullptr || config->get_group() != kGroup) return expanded;
 
   const auto end = std::find(args.begin() + first, args.end(), "--") - args.begin();
-  std::vector<std::string> user_args(args.begin(), args.begin() + end);
+  Strings user_args(args.begin(), args.begin() + end);
+  if (std::find(user_args.begin(), user_args.end(), "--print-config") != user_args.end()) {
+    for (CLI::Option* option : AllOptions(*sub)) option->required(false);
+  }
   std::string path;
   for (auto arg = user_args.begin() + first; arg != user_args.end(); ++arg) {
     if (arg->starts_with("--config=")) {
@@ -275,9 +295,9 @@ ExpandedArgs ExpandRunConfig(const CLI::App& app, const std::vector<std::string>
   return expanded;
 }
 
-std::string ResolvedConfig(const CLI::App& sub) {
+std::string ResolvedConfig(CLI::App& sub) {
   std::string out;
-  for (const CLI::Option* option : AllOptions(sub)) {
+  for (CLI::Option* option : AllOptions(sub)) {
     if (!Configurable(sub, *option) || option->get_group().empty()) continue;
     std::string key = option->get_lnames()[0];
     // Of one run, not of the configuration.
@@ -287,7 +307,7 @@ std::string ResolvedConfig(const CLI::App& sub) {
     std::string help = option->get_description();
     std::replace(help.begin(), help.end(), '\n', ' ');
     if (!help.empty()) out += fmt::format("# {}\n", help);
-    std::vector<std::string> values = Values(*option);
+    Strings values = Values(*option);
     if (values.empty()) {
       out += fmt::format("# {} is not set\n\n", key);
       continue;
@@ -324,9 +344,9 @@ std::string Nearest(std::string_view name, const std::vector<std::string>& candi
   return best;
 }
 
-std::vector<std::string> LongFlags(const CLI::App& app) {
-  std::vector<std::string> flags;
-  for (const CLI::Option* option : AllOptions(app)) {
+std::vector<std::string> LongFlags(CLI::App& app) {
+  Strings flags;
+  for (CLI::Option* option : AllOptions(app)) {
     for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
   }
   return flags;

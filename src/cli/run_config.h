@@ -43,17 +43,17 @@ struct ExpandedArgs {
 /// AddRunConfigOptions and `--config FILE`, each key that the command line does not give itself.
 /// Throws Error "cli.run_config" with file and line: no such file, not TOML, unknown key (with the
 /// nearest known one), given twice, a value of no use.
-ExpandedArgs ExpandRunConfig(const CLI::App& app, const std::vector<std::string>& args);
+ExpandedArgs ExpandRunConfig(CLI::App& app, const std::vector<std::string>& args);
 
 /// After parsing: every option of `sub` with its value, as TOML that reads back to the same; the
 /// help texts as comments. Options without a value are comments only, and so are defaults of
 /// options that exclude others.
-std::string ResolvedConfig(const CLI::App& sub);
+std::string ResolvedConfig(CLI::App& sub);
 
 /// The candidate with the smallest edit distance to `name`, or "" if none is near.
 std::string Nearest(std::string_view name, const std::vector<std::string>& candidates);
 
 /// The long names of the options of `app`, each with its "--".
-std::vector<std::string> LongFlags(const CLI::App& app);
+std::vector<std::string> LongFlags(CLI::App& app);
 
 }  // namespace detour::cli

@@ -251,8 +251,8 @@ std::unique_ptr<BpeTokenizer::Scratch> BpeTokenizer::AcquireScratch() const {
   return std::make_unique<Scratch>();
 }
 
-std::vector<int32_t> BpeTokenizer::Encode(std::string_view text,
-                                          const EncodeOptions& options) const {
+std::vector<int32_t> BpeTokenizer::EncodeText(std::string_view text,
+                                              const EncodeOptions& options) const {
   std::unique_ptr<Scratch> scratch = AcquireScratch();
   Call call{options, *scratch, {}};
   call.ids.reserve(text.size() / 4 + 8);

@@ -97,11 +97,14 @@ class BpeTokenizer final : public Tokenizer {
   explicit BpeTokenizer(BpeSpec spec);
   ~BpeTokenizer() override;
 
-  std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const override;
   std::string DecodeToken(int32_t id) const override;
   std::string TokenText(int32_t id) const override;
   std::optional<int32_t> TokenId(std::string_view text) const override;
   bool IsSpecial(int32_t id) const override;
+
+ protected:
+  std::vector<int32_t> EncodeText(std::string_view text,
+                                  const EncodeOptions& options) const override;
 
  private:
   struct Scratch;

@@ -29,7 +29,9 @@ struct Cut {
 /// it. (2) Encoding the kCutContextBytes on both sides together gives the ids of encoding them one
 /// by one. (2) rejects tokenizers and places for which (1) is not enough, such as a merge or an
 /// added token across words. So the ids are those of the whole unless a token's fate depends on
-/// text further than kCutContextBytes away across a word boundary.
+/// text further than kCutContextBytes away across a word boundary. SentencePiece's unigram model
+/// does so in ties: it adds up f32 scores over all of the text, so that rounding decides more of
+/// them the longer the text is.
 std::optional<Cut> FindCut(std::string_view text, size_t from, const EncodeFn& encode);
 
 inline constexpr size_t kCutContextBytes = 128;

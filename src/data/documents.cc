@@ -2,6 +2,7 @@
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -389,7 +390,11 @@ int64_t SpoolStdin(const std::string& path, const std::function<void()>& tick) {
   std::string buffer(kBlockBytes, '\0');
   int64_t bytes = 0;
   for (;;) {
-    const ssize_t n = read(STDIN_FILENO, buffer.data(), buffer.size());
+    // poll, since a signal handler may let read start again: a person who presses Ctrl-C is not to
+    // wait for input.
+    pollfd ready = {STDIN_FILENO, POLLIN, 0};
+    const ssize_t n =
+        poll(&ready, 1, -1) < 0 ? -1 : read(STDIN_FILENO, buffer.data(), buffer.size());
     if (n < 0 && errno != EINTR) io::FailErrno("io.read", "standard input", "read");
     tick();
     if (n < 0) continue;

@@ -18,8 +18,10 @@ constexpr size_t kMaxPatternBytes = 1 << 16;
 constexpr uint32_t kMatchLimit = 5'000'000;
 constexpr size_t kJitStackBytes = size_t{16} << 20;
 
-// Oniguruma's word characters, without the brackets.
-constexpr std::string_view kWord = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc})";
+// Oniguruma's word characters in a set, and elsewhere: there the digits ²³¹¼½¾ are words too.
+constexpr std::string_view kWordInSet = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc})";
+constexpr std::string_view kWord =
+    R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE})";
 
 std::string PcreMessage(int code) {
   PCRE2_UCHAR buffer[256] = {};
@@ -77,7 +79,7 @@ class Translator {
       case 'h':
         return Replace(2, in_set ? "0-9A-Fa-f" : "[0-9A-Fa-f]");
       case 'w':
-        return Replace(2, in_set ? std::string(kWord) : fmt::format("[{}]", kWord));
+        return Replace(2, in_set ? std::string(kWordInSet) : fmt::format("[{}]", kWord));
       case 'W':
         if (in_set) Unsupported("\\W in a set");
         return Replace(2, fmt::format("[^{}]", kWord));

@@ -24,8 +24,8 @@ struct PretokenStep {
 extern const char kGpt2Pattern[];
 
 /// Translates an Oniguruma pattern into a PCRE2 one with the same matches: \s is White_Space, \w is
-/// Alphabetic|M|Nd|Pc, ^ and $ work at lines, a set in a set is a union. Error("data.tokenizer")
-/// naming the construct where the two differ and no translation is known.
+/// Alphabetic|M|Nd|Pc (and ²³¹¼½¾ outside sets), ^ and $ work at lines, a set in a set is a union.
+/// Error("data.tokenizer") naming the construct where the two differ and no translation is known.
 std::string OnigurumaToPcre(std::string_view pattern);
 
 /// A compiled pattern. Immutable.

@@ -36,42 +36,6 @@ class SentencePieceTokenizer final : public Tokenizer {
     dummy_prefix_ = !pieces.empty() && pieces[0].starts_with(kSpace);
   }
 
-  std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options) const override {
-    std::vector<int32_t> ids;
-    if (options.add_special_tokens && add_bos_.value_or(true) && bos_id_) ids.push_back(*bos_id_);
-    const sentencepiece::SentencePieceProcessor* processor = &processor_;
-    while (!text.empty()) {
-      size_t valid = byte_ids_.empty() ? text.size() : ValidUtf8Prefix(text);
-      if (valid > 0) {
-        const std::vector<int> part = processor->EncodeAsIds(text.substr(0, valid));
-        ids.insert(ids.end(), part.begin(), part.end());
-      }
-      for (; valid < text.size(); ++valid) {
-        if (ReadUtf8Head(text.substr(valid)).kind == Utf8Kind::kValid) break;
-        ids.push_back(byte_ids_[static_cast<uint8_t>(text[valid])]);
-      }
-      text.remove_prefix(valid);
-      processor = &continuation_;
-    }
-    if (options.add_special_tokens && add_eos_.value_or(false) && eos_id_) ids.push_back(*eos_id_);
-    return ids;
-  }
-
-  std::string Decode(std::span<const int32_t> ids, bool skip_special) const override {
-    std::string text;
-    bool first = dummy_prefix_;
-    for (const int32_t id : ids) {
-      if (IsSpecial(id)) {
-        if (!skip_special) text += DecodeToken(id);
-        continue;
-      }
-      const std::string piece = DecodeToken(id);
-      text += std::string_view(piece).substr(first && piece.starts_with(' ') ? 1 : 0);
-      first = false;
-    }
-    return text;
-  }
-
   std::string DecodeToken(int32_t id) const override {
     CheckId(id);
     if (processor_.IsControl(id)) return "";
@@ -101,6 +65,44 @@ class SentencePieceTokenizer final : public Tokenizer {
   bool IsSpecial(int32_t id) const override {
     CheckId(id);
     return processor_.IsControl(id);
+  }
+
+ protected:
+  std::vector<int32_t> EncodeText(std::string_view text,
+                                  const EncodeOptions& options) const override {
+    std::vector<int32_t> ids;
+    if (options.add_special_tokens && add_bos_.value_or(true) && bos_id_) ids.push_back(*bos_id_);
+    const sentencepiece::SentencePieceProcessor* processor = &processor_;
+    while (!text.empty()) {
+      size_t valid = byte_ids_.empty() ? text.size() : ValidUtf8Prefix(text);
+      if (valid > 0) {
+        const std::vector<int> part = processor->EncodeAsIds(text.substr(0, valid));
+        ids.insert(ids.end(), part.begin(), part.end());
+      }
+      for (; valid < text.size(); ++valid) {
+        if (ReadUtf8Head(text.substr(valid)).kind == Utf8Kind::kValid) break;
+        ids.push_back(byte_ids_[static_cast<uint8_t>(text[valid])]);
+      }
+      text.remove_prefix(valid);
+      processor = &continuation_;
+    }
+    if (options.add_special_tokens && add_eos_.value_or(false) && eos_id_) ids.push_back(*eos_id_);
+    return ids;
+  }
+
+  std::string DecodeIds(std::span<const int32_t> ids, bool skip_special) const override {
+    std::string text;
+    bool first = dummy_prefix_;
+    for (const int32_t id : ids) {
+      if (IsSpecial(id)) {
+        if (!skip_special) text += DecodeToken(id);
+        continue;
+      }
+      const std::string piece = DecodeToken(id);
+      text += std::string_view(piece).substr(first && piece.starts_with(' ') ? 1 : 0);
+      first = false;
+    }
+    return text;
   }
 
  private:

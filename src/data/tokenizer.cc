@@ -21,7 +21,7 @@ void Tokenizer::CheckId(int32_t id) const {
   }
 }
 
-std::string Tokenizer::Decode(std::span<const int32_t> ids, bool skip_special) const {
+std::string Tokenizer::DecodeIds(std::span<const int32_t> ids, bool skip_special) const {
   std::string text;
   for (const int32_t id : ids) {
     if (!skip_special || !IsSpecial(id)) text += DecodeToken(id);

@@ -31,11 +31,14 @@ class Tokenizer {
   /// Any bytes. Byte-level BPE: for valid UTF-8 the ids of the `tokenizers` package; a byte-level
   /// vocabulary with all 256 bytes gives every input back in Decode. Bytes that are not UTF-8 split
   /// the text: each maximal run of them is a pre-token of its own, one token per byte.
-  virtual std::vector<int32_t> Encode(std::string_view text,
-                                      const EncodeOptions& options = {}) const = 0;
+  std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options = {}) const {
+    return EncodeText(text, options);
+  }
   /// The bytes of `ids` in a row; `skip_special` leaves special tokens out. An id without a token
   /// (out of range) is an Error.
-  virtual std::string Decode(std::span<const int32_t> ids, bool skip_special = false) const;
+  std::string Decode(std::span<const int32_t> ids, bool skip_special = false) const {
+    return DecodeIds(ids, skip_special);
+  }
   /// The bytes of one token; may be part of a UTF-8 character (see Utf8Stream).
   virtual std::string DecodeToken(int32_t id) const = 0;
   /// The token as its file spells it ("Ġthe", "▁the", "<|endoftext|>"): for people, not for text.
@@ -54,6 +57,9 @@ class Tokenizer {
   const std::string& fingerprint() const { return fingerprint_; }
 
  protected:
+  virtual std::vector<int32_t> EncodeText(std::string_view text,
+                                          const EncodeOptions& options) const = 0;
+  virtual std::string DecodeIds(std::span<const int32_t> ids, bool skip_special) const;
   /// Error unless `id` is in [0, vocab_size()).
   void CheckId(int32_t id) const;
 

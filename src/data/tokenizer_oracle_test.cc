@@ -137,8 +137,10 @@ TEST_F(TokenizerOracle, SentencePieceIdsAreThoseOfThePackage) {
       const std::string text = test_case[0].get<std::string>();
       const std::vector<int32_t> ids = tokenizer->Encode(text, {});
       const std::string decoded = tokenizer->Decode(ids);
+      // A U+2581 of the text comes back as a space.
+      const bool same_text = decoded == text || !exact || text.find("\u2581") != std::string::npos;
       const bool equal = ids == test_case[1].get<std::vector<int32_t>>() &&
-                         decoded == (exact ? text : test_case[2].get<std::string>());
+                         decoded == test_case[2].get<std::string>() && same_text;
       if (equal) continue;
       ADD_FAILURE() << "text " << test_case[0].dump(-1, ' ', true).substr(0, 1000) << "\nexpected "
                     << test_case[1].dump().substr(0, 1000) << "\ngot      "
@@ -148,8 +150,8 @@ TEST_F(TokenizerOracle, SentencePieceIdsAreThoseOfThePackage) {
       if (++num_bad == 5) break;
     }
     if (!exact) continue;
-    for (const std::string bytes : {std::string("a\xFF b\xC3"), std::string("\x80\xFE"),
-                                    std::string(" \xE2\x82 x \xF0\x9F\x98\x80\xF0\x9F")}) {
+    for (const std::string& bytes : {std::string("a\xFF b\xC3"), std::string("\x80\xFE"),
+                                     std::string(" \xE2\x82 x \xF0\x9F\x98\x80\xF0\x9F")}) {
       EXPECT_EQ(tokenizer->Decode(tokenizer->Encode(bytes, {})), bytes);
     }
   }

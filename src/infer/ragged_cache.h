@@ -7,7 +7,6 @@
 #include <memory>
 #include <vector>
 
-#include "kernels/kernels.h"
 #include "model/config.h"
 #include "ops/attention.h"
 

@@ -5,13 +5,14 @@
 // (AVX2 and AVX-512 give equal bits):
 //   - matrix products: lanes over outputs, acc = fma(x_k, w_mk, acc) for k = 0, 1, …, from +0;
 //   - reductions to one number: 16 virtual lanes (element i into lane i mod 16, ascending i, from
-//   +0), then the fixed tree
-//     lane[j] += lane[j + h] for h = 8, 4, 2, 1;
-//   - attention: see Attend; - exp: the polynomial of `reference::Exp`; no approximate reciprocals;
-//   IEEE division and sqrt.
-// Each kernel equals its scalar twin in kernels/reference.h bit for bit. All data is f32 unless
-// said; pointers must not alias unless said; strides (`ld*`) are in elements. Parallel over rows or
-// outputs with core/threads.h.
+//     +0), then the fixed tree lane[j] += lane[j + h] for h = 8, 4, 2, 1;
+//   - attention: see Attend;
+//   - exp: the polynomial of reference::Exp; no approximate reciprocals; IEEE division and sqrt.
+// Each kernel equals its scalar twin in kernels/reference.h bit for bit (NaNs: some NaN for a NaN).
+//
+// All data is f32 unless said; no alignment is required; pointers must not alias unless said;
+// strides (`ld*`) are in elements. Parallel over rows or outputs with core/threads.h; may be called
+// from several threads at once. Working memory is kept per thread between calls.
 #pragma once
 
 #include <cstddef>
@@ -23,17 +24,18 @@
 namespace detour::kernels {
 
 // --- SIMD target
-// -----------------------------------------------------------------------------------------------------
+
 enum class Simd { kAuto, kAvx2, kAvx512 };
-/// Chooses the target of every later call. Throws Error("kernels.simd") where it was not compiled
-/// or the CPU lacks it, and where the CPU has no AVX2+FMA at all. Not thread-safe.
+/// Chooses the target of every later call. Throws Error("kernels.simd") where the CPU lacks it;
+/// a CPU without AVX2+FMA has none, and every kernel throws this error there. Not thread-safe.
 void SetSimd(Simd simd);
-Simd ParseSimd(
-    const std::string& name);  ///< "auto" | "avx2" | "avx512"; Error("flag.simd") otherwise
-std::string SimdName();        ///< the target in force
+/// "auto" | "avx2" | "avx512"; Error("flag.simd") otherwise.
+Simd ParseSimd(const std::string& name);
+/// The target in force, "avx2" or "avx512".
+std::string SimdName();
 
 // --- Matrix product
-// --------------------------------------------------------------------------------------------------
+
 /// W [M,K] packed for Gemm: ceil(M/32) panels of [K][32] f32, 64-byte aligned, missing outputs
 /// zero.
 class PackedMatrix {
@@ -61,8 +63,9 @@ void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, 
           float* y, int64_t ldy);
 
 // --- Attention over pages
-// --------------------------------------------------------------------------------------------
+
 inline constexpr int64_t kPageEntries = 16;
+inline constexpr int64_t kMaxHeadDim = 512;
 
 /// A page holds up to 16 entries of one layer of one sequence: Kᵀ [G][K][16] (rotated keys), then V
 /// [G][16][K], then, if `with_positions`, int32 positions [16]. 64-byte aligned. Unwritten entries
@@ -96,13 +99,13 @@ struct AttendSegment {
 /// Per (row, head): s_j = scale · (fma over d = 0..K-1 of q_d k_jd, from +0); m = max_j s_j; p_j =
 /// exp(s_j − m); l = virtual-lane sum of p_j by entry index j; o_d = fma over j = 0, 1, … of p_j
 /// v_jd, from +0; out_d = o_d / l. If lse_RH is not null: lse = m + ln(l) (libm double log,
-/// rounded). Scratch: tile rows × keys floats per thread. Adds 4·K·H per visited (row, key) to the
-/// op counter.
+/// rounded). Requires first_limit >= 1 and K <= kMaxHeadDim. Scratch: 12 × keys floats per thread.
+/// Adds 4·K·H per visited (row, key) to the op counter.
 void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
             std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH);
 
 // --- Rows
-// ------------------------------------------------------------------------------------------------------------
+
 /// y_ND = (x · (1 / sqrt(Σx²/D + eps))) · w_D; inv_rms_N is written if not null.
 void RmsNorm(const float* x, int64_t num_rows, int64_t dim, const float* w, float eps, float* y,
              float* inv_rms_N);
@@ -128,6 +131,8 @@ void Silu(const float* x, int64_t n, float* y);
 void SiluBackward(const float* dy, const float* x, int64_t n, float* dx);
 /// y = 1 / (1 + exp(−x)).
 void Sigmoid(const float* x, int64_t n, float* y);
+/// y = exp(x) as everywhere in these kernels: within 1 ulp, +0 below 2^−126.
+void Exp(const float* x, int64_t n, float* y);
 
 /// y_ND = fma(weight_N, f_ND, x_ND); with weight null: x + f. y may alias x or f.
 void AddScaledRows(const float* x, const float* f, const float* weight_N, int64_t num_rows,
@@ -145,8 +150,8 @@ void RepeatKvRows(const float* v, int64_t ldv, const int32_t* rows, int64_t num_
                   int64_t num_kv_heads, int64_t num_heads, int64_t head_dim, float* y, int64_t ldy);
 
 /// loss_N = ln Σ_v exp(logit_v − max) + max − logit_target (libm double log, rounded); target < 0
-/// gives 0. In place, if `write_gradient`: logits become (softmax − onehot) · gradient_scale, zero
-/// for target < 0.
+/// gives 0, target >= vocab fails a CHECK. In place, if `write_gradient`: logits become (softmax −
+/// onehot) · gradient_scale, zero for target < 0.
 void CrossEntropyRows(float* logits, int64_t num_rows, int64_t vocab, const int32_t* targets,
                       bool write_gradient, float gradient_scale, float* loss_N);
 

@@ -27,18 +27,19 @@ inline constexpr int kLanes = static_cast<int>(hn::MaxLanes(D()));
 inline constexpr int kParts = 16 / kLanes;  // vectors that hold the 16 virtual lanes
 static_assert(kParts == 1 || kParts == 2);
 
-/// How a body of Sweep reads and writes its vector: whole, or its first lanes only (others read 0).
+/// How a body of Sweep reads and writes its vector: whole, or its first lanes only (the others read
+/// as 0 and are not written; OrElse sets them).
 struct Whole {
   HWY_INLINE V Load(const float* p) const { return hn::LoadU(d, p); }
   HWY_INLINE void Store(V v, float* p) const { hn::StoreU(v, d, p); }
-  HWY_INLINE V ZeroRest(V v) const { return v; }
+  HWY_INLINE V OrElse(V v, float) const { return v; }
 };
 struct Part {
   Mask mask;
   explicit Part(int64_t n) : mask(hn::FirstN(d, static_cast<size_t>(n))) {}
   HWY_INLINE V Load(const float* p) const { return hn::MaskedLoad(mask, d, p); }
   HWY_INLINE void Store(V v, float* p) const { hn::BlendedStore(v, mask, d, p); }
-  HWY_INLINE V ZeroRest(V v) const { return hn::IfThenElseZero(mask, v); }
+  HWY_INLINE V OrElse(V v, float other) const { return hn::IfThenElse(mask, v, hn::Set(d, other)); }
 };
 
 /// body(io, i) for each vector of elements i, i + 1, … of [0, n).
@@ -108,8 +109,7 @@ HWY_INLINE V Exp(V x) {
   p = hn::MulAdd(p, r, hn::Set(d, e::kC2));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
   p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
-  const V y = hn::BitCast(
-      d, hn::Add(hn::BitCast(du, p), hn::ShiftLeft<23>(hn::BitCast(du, z))));
+  const V y = hn::BitCast(d, hn::Add(hn::BitCast(du, p), hn::ShiftLeft<23>(hn::BitCast(du, z))));
   const V infinity = hn::Set(d, std::numeric_limits<float>::infinity());
   const V capped = hn::IfThenElse(hn::Le(x, hn::Set(d, e::kMax)), y, hn::Add(x, infinity));
   return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, e::kMin)), capped);

@@ -101,8 +101,8 @@ void RmsNormBackward(const float* dy, const float* x, const float* w, const floa
   std::vector<float> chunk(dim);
   for (int64_t n = 0; n < num_rows; ++n, x += dim, dy += dim, dx += dim) {
     const float inv = inv_rms_N[n];
-    const float dot = LaneSum(
-        dim, [&](float lane, int64_t i) { return std::fma(dy[i] * w[i], x[i], lane); });
+    const float dot =
+        LaneSum(dim, [&](float lane, int64_t i) { return std::fma(dy[i] * w[i], x[i], lane); });
     const float c = inv * inv * dot / static_cast<float>(dim);
     for (int64_t i = 0; i < dim; ++i) {
       chunk[i] = std::fma(dy[i], x[i] * inv, chunk[i]);
@@ -176,8 +176,8 @@ void CrossEntropyRows(float* logits, int64_t num_rows, int64_t vocab, const int3
       continue;
     }
     const float max = *std::max_element(logits, logits + vocab);
-    const float sum = LaneSum(
-        vocab, [&](float lane, int64_t i) { return lane + Exp(logits[i] - max); });
+    const float sum =
+        LaneSum(vocab, [&](float lane, int64_t i) { return lane + Exp(logits[i] - max); });
     loss_N[n] = static_cast<float>(std::log(static_cast<double>(sum)) + max - logits[target]);
     if (!write_gradient) continue;
     for (int64_t i = 0; i < vocab; ++i) {

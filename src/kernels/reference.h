@@ -15,8 +15,8 @@ namespace exp_constants {
 // r⁶, by Remez's exchange for least relative error (3.1e-9), coefficients rounded to f32.
 inline constexpr float kLog2E = 0x1.715476p+0f;
 inline constexpr float kMagic = 0x1.8p+23f;
-inline constexpr float kLn2High = 0.693359375f;      // 355/512: n · kLn2High is exact
-inline constexpr float kLn2Low = -2.12194440e-4f;    // ln 2 − kLn2High
+inline constexpr float kLn2High = 0.693359375f;    // 355/512: n · kLn2High is exact
+inline constexpr float kLn2Low = -2.12194440e-4f;  // ln 2 − kLn2High
 inline constexpr float kC2 = 0x1.fffffcp-2f;
 inline constexpr float kC3 = 0x1.555492p-3f;
 inline constexpr float kC4 = 0x1.5558f2p-5f;

@@ -157,8 +157,10 @@ const char kPageScript[] = R"js(
     tip.hidden = false;
     const w = tip.offsetWidth, h = tip.offsetHeight, gap = 14;
     // Right of and below the pointer, or on the other side of it, but always inside the window.
-    const place = (at, size, room) =>
-        Math.max(6, Math.min(at + gap + size > room - 6 ? at - gap - size : at + gap, room - size - 6));
+    const place = (at, size, room) => {
+      const last = room - size - 6;
+      return Math.max(6, Math.min(at + gap > last ? at - gap - size : at + gap, last));
+    };
     const x = place(event.clientX, w, innerWidth), y = place(event.clientY, h, innerHeight);
     tip.style.transform = `translate(${x}px,${y}px)`;
   };

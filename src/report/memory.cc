@@ -20,10 +20,11 @@ int64_t ReadKilobytes(const char* path, const std::string& key) {
 
 }  // namespace
 
-int64_t CurrentRssBytes() {
-  // VmRSS is summed from per-thread counters that lag by up to some hundred pages.
+int64_t CurrentRssBytes() { return ReadKilobytes("/proc/self/status", "VmRSS:"); }
+
+int64_t ExactRssBytes() {
   const int64_t exact = ReadKilobytes("/proc/self/smaps_rollup", "Rss:");
-  return exact > 0 ? exact : ReadKilobytes("/proc/self/status", "VmRSS:");
+  return exact > 0 ? exact : CurrentRssBytes();
 }
 
 int64_t PeakRssBytes() { return ReadKilobytes("/proc/self/status", "VmHWM:"); }

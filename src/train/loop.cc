@@ -343,6 +343,16 @@ TrainSummary Run::Train() {
   summary_.tokens = state_.tokens;
   summary_.tokens_per_s = tokens_now / std::max(summary_.seconds - seconds_before, 1e-9);
   summary_.peak_rss_bytes = report::PeakRssBytes();
+  const Json json = {{"steps", summary_.steps},
+                     {"tokens", summary_.tokens},
+                     {"seconds", summary_.seconds},
+                     {"tokens_per_s", summary_.tokens_per_s},
+                     {"peak_rss_bytes", summary_.peak_rss_bytes},
+                     {"val_loss", summary_.val_loss},
+                     {"val_bits_per_byte", summary_.val_bits_per_byte},
+                     {"val_share", summary_.val_share},
+                     {"stopped_by", summary_.stopped_by}};
+  io::WriteFileAtomic(config_.out_dir + "/summary.json", json.dump(2) + "\n");
   return summary_;
 }
 

@@ -1,0 +1,77 @@
+#include "infer/measure.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+
+#include "infer/ragged_cache.h"
+
+namespace detour::infer {
+
+namespace {
+
+constexpr int64_t kChunk = 512;
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/// Feeds tokens [begin, end) of one sequence.
+void Feed(const model::Model& model, RaggedCache& cache, std::span<const int32_t> tokens,
+          int64_t begin, int64_t end) {
+  const std::vector<int32_t> ids(tokens.begin() + begin, tokens.begin() + end);
+  const routing::Stream stream =
+      routing::Stream::FromSegments({{0, 0, end - begin, static_cast<int32_t>(begin)}});
+  const at::Tensor h =
+      Forward(model, at::tensor(ids, at::kInt), stream, {.caches = &cache.stores()});
+  if (end - begin == 1) Logits(model, h);
+}
+
+}  // namespace
+
+std::vector<std::vector<LengthFigures>> MeasureLengths(
+    const std::vector<const model::Model*>& models, std::span<const int32_t> tokens,
+    const std::vector<int64_t>& lengths, int64_t decode_tokens, int repeats) {
+  const at::NoGradGuard no_grad;
+  std::vector<std::unique_ptr<RaggedCache>> caches;
+  int64_t most = static_cast<int64_t>(tokens.size());
+  for (const model::Model* m : models) {
+    caches.push_back(std::make_unique<RaggedCache>(m->config));
+    most = std::min(most, m->config.max_position_embeddings);
+  }
+  std::vector<std::vector<LengthFigures>> figures(models.size());
+  std::vector<double> prefill_seconds(models.size());
+  int64_t done = 0;
+  for (const int64_t length : lengths) {
+    if (length + decode_tokens > most) break;
+    for (size_t m = 0; m < models.size(); ++m) {
+      const double start = Now();
+      for (int64_t begin = done; begin < length; begin += kChunk) {
+        Feed(*models[m], *caches[m], tokens, begin, std::min(begin + kChunk, length));
+      }
+      prefill_seconds[m] += Now() - start;
+      figures[m].push_back({length, caches[m]->bytes(), prefill_seconds[m], 0});
+    }
+    done = length;
+    std::vector<std::vector<double>> rates(models.size());
+    for (int r = 0; r < repeats; ++r) {
+      for (size_t m = 0; m < models.size(); ++m) {
+        const double start = Now();
+        for (int64_t t = length; t < length + decode_tokens; ++t) {
+          Feed(*models[m], *caches[m], tokens, t, t + 1);
+        }
+        rates[m].push_back(static_cast<double>(decode_tokens) / (Now() - start));
+        caches[m]->Truncate(0, length);
+      }
+    }
+    for (size_t m = 0; m < models.size(); ++m) {
+      std::sort(rates[m].begin(), rates[m].end());
+      figures[m].back().decode_tokens_per_s = rates[m][rates[m].size() / 2];
+    }
+  }
+  return figures;
+}
+
+}  // namespace detour::infer

@@ -1,0 +1,349 @@
+// Attention over pages. Queries of one kv head are units u = row · (H/G) + head in group; a tile is
+// up to kTileRows consecutive units against that head's pages. Which units share a tile changes no
+// value.
+// clang-format off
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/attention.cc"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+// clang-format on
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+#include "core/op_counter.h"
+#include "core/threads.h"
+#include "kernels/kernels.h"
+#include "kernels/scratch.h"
+#include "kernels/tile-inl.h"
+
+#ifndef DETOUR_KERNELS_ATTENTION_ONCE
+#define DETOUR_KERNELS_ATTENTION_ONCE
+namespace detour::kernels {
+
+/// The arguments of one Attend call.
+struct AttendArgs {
+  KvLayout layout;
+  int64_t num_heads;
+  float scale;
+  const float* q;
+  int64_t ldq;
+  float* out;
+  int64_t ldout;
+  float* lse_RH;
+};
+
+/// Units [begin, end) of one segment and kv head.
+struct AttendTile {
+  const AttendSegment* segment;
+  int64_t kv_head, begin, end;
+};
+
+}  // namespace detour::kernels
+#endif  // DETOUR_KERNELS_ATTENTION_ONCE
+
+HWY_BEFORE_NAMESPACE();
+namespace detour::kernels {
+namespace HWY_NAMESPACE {
+
+constexpr int kPageVectors = static_cast<int>(kPageEntries) / kLanes;
+
+/// The scores of one tile, [page][row][16], and what reads and writes them.
+struct TileScores {
+  float* p;
+  int64_t rows;  // of the tile
+  float* Page(int64_t page) const { return p + page * rows * kPageEntries; }
+  int64_t PageFloats() const { return rows * kPageEntries; }
+};
+
+/// Scores of kRows queries against kVectors / kPageVectors pages.
+template <int kRows, int kVectors>
+HWY_INLINE void ScorePages(const float* q, int64_t dim, const float* const* keys, V scale,
+                           float* scores) {
+  constexpr int kPages = kVectors / kPageVectors;
+  Tile<kRows, kVectors> tile;
+  tile.Clear();
+  tile.template Accumulate<kXStride, kPages>(q, dim, keys, kPageEntries, Whole());
+  for (int page = 0; page < kPages; ++page) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kPageVectors; ++v) {
+        hn::Store(hn::Mul(scale, tile.acc[r][page * kPageVectors + v]), d,
+                  scores + (page * kRows + r) * kPageEntries + v * kLanes);
+      }
+    }
+  }
+}
+
+/// Scores of kRows queries (rows of kXStride) against pages [0, num_pages), the keys at `k_at`.
+template <int kRows>
+void ScoreTile(const float* q, int64_t dim, const float* const* pages, int64_t k_at,
+               int64_t num_pages, float scale, float* scores) {
+  constexpr int kVectors = TileVectors(kRows);
+  constexpr int kPages = kVectors / kPageVectors;
+  const V scale_v = hn::Set(d, scale);
+  int64_t page = 0;
+  const float* keys[kPages];
+  for (; page + kPages <= num_pages; page += kPages) {
+    for (int i = 0; i < kPages; ++i) keys[i] = pages[page + i] + k_at;
+    ScorePages<kRows, kVectors>(q, dim, keys, scale_v, scores + page * kRows * kPageEntries);
+  }
+  for (; page < num_pages; ++page) {
+    keys[0] = pages[page] + k_at;
+    ScorePages<kRows, kPageVectors>(q, dim, keys, scale_v, scores + page * kRows * kPageEntries);
+  }
+}
+
+/// The values' part: out (rows of kXStride) (+)= p V over entries [begin, end), for one group of
+/// columns, the values at `v_at` of each page.
+template <int kRows, int kVectors, class Io>
+HWY_INLINE void ValueColumns(const TileScores& scores, int64_t row, const float* const* pages,
+                             int64_t v_at, int64_t dim, int64_t begin, int64_t end, bool first,
+                             float* out, const Io& io) {
+  Tile<kRows, kVectors> tile;
+  if (first) {
+    tile.Clear();
+  } else {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        tile.acc[r][v] = hn::LoadU(d, out + r * kXStride + v * kLanes);
+      }
+    }
+  }
+  for (int64_t j = begin; j < end;) {
+    const int64_t slot = j % kPageEntries, n = std::min(kPageEntries - slot, end - j);
+    const float* values[1] = {pages[j / kPageEntries] + v_at + slot * dim};
+    tile.template Accumulate<static_cast<int>(kPageEntries), 1>(
+        scores.Page(j / kPageEntries) + row * kPageEntries + slot, n, values, dim, io);
+    j += n;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      hn::StoreU(tile.acc[r][v], d, out + r * kXStride + v * kLanes);
+    }
+  }
+}
+
+/// All columns; `row` is the first of the kRows rows in the tile.
+template <int kRows>
+void ValueTile(const TileScores& scores, int64_t row, const float* const* pages, int64_t v_at,
+               int64_t dim, int64_t begin, int64_t end, bool first, float* out) {
+  constexpr int kVectors = TileVectors(kRows);
+  int64_t c = 0;
+  for (; c + kVectors * kLanes <= dim; c += kVectors * kLanes) {
+    ValueColumns<kRows, kVectors>(scores, row, pages, v_at + c, dim, begin, end, first, out + c,
+                                  Whole());
+  }
+  if constexpr (kVectors > 2) {
+    for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
+      ValueColumns<kRows, 2>(scores, row, pages, v_at + c, dim, begin, end, first, out + c,
+                             Whole());
+    }
+  }
+  for (; c < dim; c += kLanes) {
+    const Part part(std::min<int64_t>(kLanes, dim - c));
+    ValueColumns<kRows, 1>(scores, row, pages, v_at + c, dim, begin, end, first, out + c, part);
+  }
+}
+
+using ScoreTileFn = decltype(&ScoreTile<1>);
+using ValueTileFn = decltype(&ValueTile<1>);
+
+template <int... kRows>
+constexpr std::array<ScoreTileFn, kTileRows> ScoreTiles(std::integer_sequence<int, kRows...>) {
+  return {&ScoreTile<kRows + 1>...};
+}
+template <int... kRows>
+constexpr std::array<ValueTileFn, kTileRows> ValueTiles(std::integer_sequence<int, kRows...>) {
+  return {&ValueTile<kRows + 1>...};
+}
+constexpr auto kRowsOfTiles = std::make_integer_sequence<int, kTileRows>();
+constexpr auto kScoreTiles = ScoreTiles(kRowsOfTiles);
+constexpr auto kValueTiles = ValueTiles(kRowsOfTiles);
+
+/// Turns the first `limit` scores of a row into exp(s − max); entries of the last page past `limit`
+/// become 0. Returns the sum, and the maximum.
+float SoftmaxRow(const TileScores& scores, int64_t row, int64_t limit, float* max_out) {
+  const int64_t num_pages = (limit + kPageEntries - 1) / kPageEntries;
+  float* last = scores.Page(num_pages - 1) + row * kPageEntries;
+  for (int64_t j = limit - (num_pages - 1) * kPageEntries; j < kPageEntries; ++j) {
+    last[j] = -std::numeric_limits<float>::infinity();
+  }
+  Lanes max(-std::numeric_limits<float>::infinity());
+  float* first = scores.p + row * kPageEntries;
+  for (int64_t page = 0; page < num_pages; ++page) {
+    const float* s = first + page * scores.PageFloats();
+    for (int v = 0; v < kParts; ++v) {
+      max.part[v] = hn::Max(max.part[v], hn::Load(d, s + v * kLanes));
+    }
+  }
+  *max_out = MaxLanes(max);
+  const V max_v = hn::Set(d, *max_out);
+  Lanes sum(0.0f);
+  for (int64_t page = 0; page < num_pages; ++page) {
+    float* s = first + page * scores.PageFloats();
+    for (int v = 0; v < kParts; ++v) {
+      const V p = Exp(hn::Sub(hn::Load(d, s + v * kLanes), max_v));
+      hn::Store(p, d, s + v * kLanes);
+      sum.part[v] = hn::Add(sum.part[v], p);
+    }
+  }
+  return SumLanes(sum);
+}
+
+void RunAttendTile(const AttendArgs& args, const AttendTile& t) {
+  const AttendSegment& segment = *t.segment;
+  const int64_t dim = args.layout.head_dim, group = args.num_heads / args.layout.num_kv_heads;
+  const int64_t rows = t.end - t.begin;
+  const int64_t k_at = t.kv_head * dim * kPageEntries;
+  const int64_t v_at = k_at + args.layout.num_kv_heads * dim * kPageEntries;
+  const auto limit = [&](int64_t u) { return segment.first_limit + u / group; };
+  const int64_t common = limit(t.begin);
+  const int64_t num_pages = (limit(t.end - 1) + kPageEntries - 1) / kPageEntries;
+  const auto row_of = [&](int64_t u) { return segment.row_begin + u / group; };
+  const auto head_of = [&](int64_t u) { return t.kv_head * group + u % group; };
+
+  float* q = ScratchFloats(2 * kTileRows * kXStride + num_pages * rows * kPageEntries);
+  float* out = q + kTileRows * kXStride;
+  const TileScores scores{out + kTileRows * kXStride, rows};
+  for (int64_t u = t.begin; u < t.end; ++u) {
+    std::memcpy(q + (u - t.begin) * kXStride, args.q + row_of(u) * args.ldq + head_of(u) * dim,
+                dim * sizeof(float));
+  }
+  kScoreTiles[rows - 1](q, dim, segment.pages, k_at, num_pages, args.scale, scores.p);
+  float sum[kTileRows], max[kTileRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    sum[r] = SoftmaxRow(scores, r, limit(t.begin + r), &max[r]);
+  }
+  // What all rows see, then the rest of each row.
+  kValueTiles[rows - 1](scores, 0, segment.pages, v_at, dim, 0, common, true, out);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t u = t.begin + r, row = row_of(u), head = head_of(u);
+    float* out_r = out + r * kXStride;
+    if (limit(u) > common) {
+      kValueTiles[0](scores, r, segment.pages, v_at, dim, common, limit(u), false, out_r);
+    }
+    float* to = args.out + row * args.ldout + head * dim;
+    for (int64_t i = 0; i < dim; ++i) to[i] = out_r[i] / sum[r];
+    if (args.lse_RH) {
+      args.lse_RH[row * args.num_heads + head] =
+          static_cast<float>(max[r] + std::log(static_cast<double>(sum[r])));
+    }
+  }
+}
+
+int64_t AttendTileRows() { return kTileRows; }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace detour::kernels
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace detour::kernels {
+
+void WriteKv(const KvLayout& layout, float* page, int64_t slot, const float* k_GK,
+             const float* v_GK, int32_t position) {
+  WriteKvRows(layout, &page, slot, 1, k_GK, 0, v_GK, 0, &position);
+}
+
+void WriteKvRows(const KvLayout& layout, float* const* pages, int64_t first_entry, int64_t num_rows,
+                 const float* k, int64_t ldk, const float* v, int64_t ldv,
+                 const int32_t* positions) {
+  if (num_rows == 0) return;
+  const int64_t dim = layout.head_dim, width = layout.num_kv_heads * dim;
+  const int64_t end_entry = first_entry + num_rows;
+  const int64_t grain = std::max<int64_t>(1, (1 << 13) / (width * kPageEntries));
+  const auto write_page = [&](int64_t p) {
+    const int64_t begin = std::max(first_entry, p * kPageEntries);
+    const int64_t n = std::min(end_entry, (p + 1) * kPageEntries) - begin;
+    const int64_t slot = begin % kPageEntries, row = begin - first_entry;
+    float* keys = pages[p] + slot;
+    for (int64_t i = 0; i < width; ++i) {
+      for (int64_t e = 0; e < n; ++e) keys[i * kPageEntries + e] = k[(row + e) * ldk + i];
+    }
+    float* values = pages[p] + width * kPageEntries;
+    for (int64_t g = 0; g < layout.num_kv_heads; ++g) {
+      for (int64_t e = 0; e < n; ++e) {
+        std::memcpy(values + (g * kPageEntries + slot + e) * dim, v + (row + e) * ldv + g * dim,
+                    dim * sizeof(float));
+      }
+    }
+    if (layout.with_positions) {
+      std::memcpy(pages[p] + 2 * width * kPageEntries + slot, positions + row, n * sizeof(int32_t));
+    }
+  };
+  ParallelFor(first_entry / kPageEntries, (end_entry + kPageEntries - 1) / kPageEntries, grain,
+              [&](int64_t begin, int64_t end) {
+                for (int64_t p = begin; p < end; ++p) write_page(p);
+              });
+}
+
+namespace {
+
+/// (query row, key) pairs; also checks the segments.
+int64_t VisitedKeys(std::span<const AttendSegment> segments) {
+  int64_t visited = 0;
+  for (const AttendSegment& s : segments) {
+    DETOUR_CHECK(s.num_rows >= 0 && (s.num_rows == 0 || s.first_limit >= 1),
+                 "{} rows, the first of which sees {} entries", s.num_rows, s.first_limit);
+    visited += s.num_rows * s.first_limit + s.num_rows * (s.num_rows - 1) / 2;
+  }
+  return visited;
+}
+
+}  // namespace
+
+void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
+            std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH) {
+  const int64_t kv_heads = layout.num_kv_heads, dim = layout.head_dim;
+  DETOUR_CHECK(kv_heads >= 1 && num_heads >= kv_heads && num_heads % kv_heads == 0 && dim >= 1 &&
+                   dim <= kMaxHeadDim,
+               "{} heads, {} kv heads, head_dim {} of at most {}", num_heads, kv_heads, dim,
+               kMaxHeadDim);
+  const int64_t visited = VisitedKeys(segments), group = num_heads / kv_heads;
+  const int64_t flops = 4 * dim * num_heads * visited;
+  GlobalOpCounter().visited_keys.fetch_add(visited, std::memory_order_relaxed);
+  GlobalOpCounter().attention_flops.fetch_add(flops, std::memory_order_relaxed);
+
+  // Tiles of each (segment, kv head), the last rows first: those are the longest.
+  const int64_t tile_rows = DETOUR_DISPATCH(AttendTileRows)();
+  const auto tiles_of = [&](const AttendSegment& s) {
+    return (s.num_rows * group + tile_rows - 1) / tile_rows;
+  };
+  thread_local std::vector<int64_t> first_tile_of;
+  std::vector<int64_t>& first_tile = first_tile_of;  // a lambda would name its own thread's
+  first_tile.assign(1, 0);
+  for (const AttendSegment& s : segments) {
+    first_tile.push_back(first_tile.back() + tiles_of(s) * kv_heads);
+  }
+  const AttendArgs args{layout, num_heads, scale, q, ldq, out, ldout, lse_RH};
+  const auto run = DETOUR_DISPATCH(RunAttendTile);
+  const auto run_tile = [&](int64_t i) {
+    const int64_t s =
+        std::upper_bound(first_tile.begin(), first_tile.end(), i) - first_tile.begin() - 1;
+    const AttendSegment& segment = segments[s];
+    const int64_t num_tiles = tiles_of(segment), units = segment.num_rows * group;
+    const int64_t head = (i - first_tile[s]) / num_tiles;
+    const int64_t tile = num_tiles - 1 - (i - first_tile[s]) % num_tiles;
+    run(args, {&segment, head, units * tile / num_tiles, units * (tile + 1) / num_tiles});
+  };
+  // One range per thread, which takes tiles from a common counter: tiles differ in length.
+  constexpr int64_t kMinThreadFlops = 1 << 18;
+  const int64_t num_ranges = std::clamp<int64_t>(
+      std::min<int64_t>(flops / kMinThreadFlops, first_tile.back()), 1, NumThreads());
+  std::atomic<int64_t> next{0};
+  ParallelFor(0, num_ranges, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < first_tile.back();) {
+      run_tile(i);
+    }
+  });
+}
+
+}  // namespace detour::kernels
+#endif  // HWY_ONCE
