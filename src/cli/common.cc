@@ -1,6 +1,10 @@
 #include "cli/common.h"
 
+#include <ATen/Parallel.h>
+#include <unistd.h>
+
 #include <charconv>
+#include <cstdlib>
 #include <iostream>
 #include <iterator>
 
@@ -8,6 +12,7 @@
 #include "core/threads.h"
 #include "io/atomic.h"
 #include "kernels/kernels.h"
+#include "ops/torch_threads.h"
 
 namespace detour::cli {
 
@@ -22,6 +27,23 @@ void AddRuntimeOptions(CLI::App& sub, RuntimeOptions* options) {
 void ApplyRuntimeOptions(const RuntimeOptions& options) {
   kernels::SetSimd(kernels::ParseSimd(options.simd));
   if (options.threads > 0) SetNumThreads(options.threads);
+  at::set_num_threads(1);
+}
+
+void ApplyTrainingRuntimeOptions(const RuntimeOptions& options) {
+  if (!std::getenv("OMP_WAIT_POLICY") && !std::getenv("GOMP_SPINCOUNT")) {
+    setenv("OMP_WAIT_POLICY", "passive", 0);
+    const std::string arguments = io::ReadFile("/proc/self/cmdline");
+    std::vector<char*> argv;
+    for (size_t i = 0; i < arguments.size(); i = arguments.find('\0', i) + 1) {
+      argv.push_back(const_cast<char*>(arguments.c_str() + i));
+    }
+    argv.push_back(nullptr);
+    execv("/proc/self/exe", argv.data());  // where that fails, spinning threads will do
+  }
+  kernels::SetSimd(kernels::ParseSimd(options.simd));
+  if (options.threads > 0) SetNumThreads(options.threads);
+  ops::InstallTorchThreads();
 }
 
 std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& text) {

@@ -18,8 +18,14 @@ struct RuntimeOptions {
   std::string simd = "auto";
 };
 void AddRuntimeOptions(CLI::App& sub, RuntimeOptions* options);
-/// Sets threads and SIMD target for the process.
+/// Sets threads and SIMD target of the kernels; libtorch's own pool stays unused.
 void ApplyRuntimeOptions(const RuntimeOptions& options);
+
+/// The same for a command with a backward pass: kernels and libtorch share libtorch's OpenMP pool.
+/// OpenMP's threads would spin between parallel regions, which on a machine that others use too
+/// costs several times the run's time; the policy is read when the library is loaded, so the
+/// program starts itself again with OMP_WAIT_POLICY=passive, unless the user has set one.
+void ApplyTrainingRuntimeOptions(const RuntimeOptions& options);
 
 /// "2048,8192" -> {2048, 8192}. Error("flag") naming `flag` for anything but positive integers.
 std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& text);

@@ -16,7 +16,6 @@
 #include "cli/commands.h"
 #include "cli/run_config.h"
 #include "core/error.h"
-#include "ops/torch_threads.h"
 
 namespace detour::cli {
 namespace {
@@ -109,7 +108,6 @@ int Main(int argc, char** argv) {
   // A closed pipe (`detour … | head`) ends the program without a word, also where a parent ignores
   // the signal.
   signal(SIGPIPE, SIG_DFL);
-  ops::InstallTorchThreads();
   try {
     const int code = Run(argc, argv);
     std::cout.flush();

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
@@ -72,12 +73,13 @@ class TrainSink : public data::DocumentSink {
 
 // An hour of counting must not end in a folder that cannot be written.
 void CheckWritable(const std::string& dir) {
-  fs::path path = fs::absolute(dir);
-  while (!fs::exists(path)) path = path.parent_path();
-  if (!fs::is_directory(path) || access(path.c_str(), W_OK | X_OK) != 0) {
-    Fail("cli.tokenizer", "{}: expected a folder that can be written, but {} is not", dir,
-         path.string());
+  std::error_code error;
+  const bool is_new = fs::create_directories(dir, error);
+  if (!error && access(dir.c_str(), W_OK | X_OK) != 0) {
+    error = std::error_code(errno, std::generic_category());
   }
+  if (error) Fail("cli.tokenizer", "{}: not a folder to write to: {}", dir, error.message());
+  if (is_new) fs::remove(dir, error);
 }
 
 void ReadStdin(data::DocumentSink* sink) {

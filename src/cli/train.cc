@@ -117,7 +117,7 @@ void AddRunFlags(CLI::App& sub, train::TrainConfig& c) {
 }
 
 void Train(const Options& options) {
-  ApplyRuntimeOptions(options.runtime);
+  ApplyTrainingRuntimeOptions(options.runtime);
   const train::TrainConfig& c = options.train;
   if (options.dry_run) {
     const model::ModelConfig m = train::ResolveModelConfig(c);

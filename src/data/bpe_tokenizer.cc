@@ -14,8 +14,8 @@ namespace {
 
 // Above this many symbols a heap finds the next merge, so that long words take n log n.
 constexpr size_t kShortWord = 48;
-// A pre-token beyond this is not worth the wait; the longest lines of real data are far below.
-constexpr size_t kMaxWordBytes = size_t{1} << 30;
+// A pre-token beyond this would take gigabytes to merge; those of real data are far below.
+constexpr size_t kMaxWordBytes = size_t{1} << 28;
 
 /// Recent short words and their ids, direct-mapped: bounded, never allocates, a slot is one cache
 /// line.

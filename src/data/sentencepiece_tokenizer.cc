@@ -108,9 +108,11 @@ class SentencePieceTokenizer final : public Tokenizer {
  private:
   static void Load(std::string_view model, const std::string& name,
                    sentencepiece::SentencePieceProcessor* processor) {
-    const auto status = processor->LoadFromSerializedProto(model);
-    if (!status.ok()) {
-      Fail("data.tokenizer", "{}: not a SentencePiece model: {}", name, status.error_message());
+    if (!processor->LoadFromSerializedProto(model).ok()) {
+      Fail("data.tokenizer",
+           "{}: not a SentencePiece model, or a damaged one. Hint: a tokenizer.model of Llama 3 is "
+           "another format; take its tokenizer.json",
+           name);
     }
   }
 

@@ -1,6 +1,6 @@
 // Attention over pages. Queries of one kv head are units u = row · (H/G) + head in group; a tile is
-// up to kTileRows consecutive units against that head's pages. Which units share a tile changes no
-// value.
+// up to 24 consecutive units against that head's pages, in register tiles of kTileRows. Which units
+// share a tile changes no value.
 // clang-format off
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
@@ -197,40 +197,32 @@ float SoftmaxRow(const TileScores& scores, int64_t row, int64_t limit, float* ma
   return SumLanes(sum);
 }
 
-void RunAttendTile(const AttendArgs& args, const AttendTile& t) {
+// A call of RunAttendTile takes several register tiles through the pages together, a chunk of pages
+// at a time, so that what one tile brings into the cache serves them all.
+constexpr int64_t kTilesTogether = 24 / kTileRows;
+constexpr int64_t kChunkPages = 16;
+
+/// One register tile of units [begin, end).
+struct RegisterTile {
+  int64_t begin, rows, common, num_pages;  // common: entries that every row sees
+  TileScores scores;
+  float *q, *out;
+};
+
+void FinishTile(const AttendArgs& args, const AttendTile& t, const RegisterTile& tile,
+                const float* sum, const float* max) {
   const AttendSegment& segment = *t.segment;
   const int64_t dim = args.layout.head_dim, group = args.num_heads / args.layout.num_kv_heads;
-  const int64_t rows = t.end - t.begin;
-  const int64_t k_at = t.kv_head * dim * kPageEntries;
-  const int64_t v_at = k_at + args.layout.num_kv_heads * dim * kPageEntries;
-  const auto limit = [&](int64_t u) { return segment.first_limit + u / group; };
-  const int64_t common = limit(t.begin);
-  const int64_t num_pages = (limit(t.end - 1) + kPageEntries - 1) / kPageEntries;
-  const auto row_of = [&](int64_t u) { return segment.row_begin + u / group; };
-  const auto head_of = [&](int64_t u) { return t.kv_head * group + u % group; };
-
-  float* q = ScratchFloats(2 * kTileRows * kXStride + num_pages * rows * kPageEntries);
-  float* out = q + kTileRows * kXStride;
-  const TileScores scores{out + kTileRows * kXStride, rows};
-  for (int64_t u = t.begin; u < t.end; ++u) {
-    std::memcpy(q + (u - t.begin) * kXStride, args.q + row_of(u) * args.ldq + head_of(u) * dim,
-                dim * sizeof(float));
-  }
-  kScoreTiles[rows - 1](q, dim, segment.pages, k_at, num_pages, args.scale, scores.p);
-  float sum[kTileRows], max[kTileRows];
-  for (int64_t r = 0; r < rows; ++r) {
-    sum[r] = SoftmaxRow(scores, r, limit(t.begin + r), &max[r]);
-  }
-  // What all rows see, then the rest of each row.
-  kValueTiles[rows - 1](scores, 0, segment.pages, v_at, dim, 0, common, true, out);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t u = t.begin + r, row = row_of(u), head = head_of(u);
-    float* out_r = out + r * kXStride;
-    if (limit(u) > common) {
-      kValueTiles[0](scores, r, segment.pages, v_at, dim, common, limit(u), false, out_r);
+  const int64_t v_at = (args.layout.num_kv_heads + t.kv_head) * dim * kPageEntries;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t u = tile.begin + r, row = segment.row_begin + u / group;
+    const int64_t head = t.kv_head * group + u % group, limit = segment.first_limit + u / group;
+    float* out = tile.out + r * kXStride;
+    if (limit > tile.common) {
+      kValueTiles[0](tile.scores, r, segment.pages, v_at, dim, tile.common, limit, false, out);
     }
     float* to = args.out + row * args.ldout + head * dim;
-    for (int64_t i = 0; i < dim; ++i) to[i] = out_r[i] / sum[r];
+    for (int64_t i = 0; i < dim; ++i) to[i] = out[i] / sum[r];
     if (args.lse_RH) {
       args.lse_RH[row * args.num_heads + head] =
           static_cast<float>(max[r] + std::log(static_cast<double>(sum[r])));
@@ -238,7 +230,64 @@ void RunAttendTile(const AttendArgs& args, const AttendTile& t) {
   }
 }
 
-int64_t AttendTileRows() { return kTileRows; }
+void RunAttendTile(const AttendArgs& args, const AttendTile& t) {
+  const AttendSegment& segment = *t.segment;
+  const int64_t dim = args.layout.head_dim, group = args.num_heads / args.layout.num_kv_heads;
+  const int64_t k_at = t.kv_head * dim * kPageEntries;
+  const int64_t v_at = k_at + args.layout.num_kv_heads * dim * kPageEntries;
+  const int64_t units = t.end - t.begin, num_tiles = (units + kTileRows - 1) / kTileRows;
+  const auto limit = [&](int64_t u) { return segment.first_limit + u / group; };
+  const int64_t num_pages = (limit(t.end - 1) + kPageEntries - 1) / kPageEntries;
+
+  float* q = ScratchFloats(units * (2 * kXStride + num_pages * kPageEntries));
+  float* out = q + units * kXStride;
+  float* scores = out + units * kXStride;
+  RegisterTile tiles[kTilesTogether];
+  for (int64_t i = 0; i < num_tiles; ++i) {
+    const int64_t begin = units * i / num_tiles, end = units * (i + 1) / num_tiles;
+    const int64_t last = limit(t.begin + end - 1);
+    tiles[i] = {t.begin + begin,
+                end - begin,
+                limit(t.begin + begin),
+                (last + kPageEntries - 1) / kPageEntries,
+                {scores + begin * num_pages * kPageEntries, end - begin},
+                q + begin * kXStride,
+                out + begin * kXStride};
+  }
+  for (int64_t u = t.begin; u < t.end; ++u) {
+    const int64_t row = segment.row_begin + u / group, head = t.kv_head * group + u % group;
+    std::memcpy(q + (u - t.begin) * kXStride, args.q + row * args.ldq + head * dim,
+                dim * sizeof(float));
+  }
+  for (int64_t page = 0; page < num_pages; page += kChunkPages) {
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const RegisterTile& tile = tiles[i];
+      const int64_t n = std::min(kChunkPages, tile.num_pages - page);
+      if (n <= 0) continue;
+      kScoreTiles[tile.rows - 1](tile.q, dim, segment.pages + page, k_at, n, args.scale,
+                                 tile.scores.Page(page));
+    }
+  }
+  float sum[kTilesTogether][kTileRows], max[kTilesTogether][kTileRows];
+  for (int64_t i = 0; i < num_tiles; ++i) {
+    for (int64_t r = 0; r < tiles[i].rows; ++r) {
+      sum[i][r] = SoftmaxRow(tiles[i].scores, r, limit(tiles[i].begin + r), &max[i][r]);
+    }
+  }
+  constexpr int64_t kChunkEntries = kChunkPages * kPageEntries;
+  for (int64_t j = 0; j < tiles[num_tiles - 1].common; j += kChunkEntries) {
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const RegisterTile& tile = tiles[i];
+      const int64_t end = std::min(j + kChunkEntries, tile.common);
+      if (j >= end) continue;
+      kValueTiles[tile.rows - 1](tile.scores, 0, segment.pages, v_at, dim, j, end, j == 0,
+                                 tile.out);
+    }
+  }
+  for (int64_t i = 0; i < num_tiles; ++i) FinishTile(args, t, tiles[i], sum[i], max[i]);
+}
+
+int64_t AttendTileRows() { return kTileRows * kTilesTogether; }
 
 }  // namespace HWY_NAMESPACE
 }  // namespace detour::kernels

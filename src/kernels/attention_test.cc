@@ -115,6 +115,14 @@ TEST(Attend, SeveralSegments) {
   c.ExpectExact();
 }
 
+TEST(Attend, SeveralChunksOfPages) {
+  for (const int64_t entries : {255, 256, 257, 600}) {
+    Case c({6, 2, 20});
+    c.Add(entries, 40);
+    c.ExpectExact();
+  }
+}
+
 TEST(Attend, OneRowAtATimeEqualsAllInOneCall) {
   Case c({8, 4, 64});
   c.Add(120, 120);

@@ -99,8 +99,8 @@ struct AttendSegment {
 /// Per (row, head): s_j = scale · (fma over d = 0..K-1 of q_d k_jd, from +0); m = max_j s_j; p_j =
 /// exp(s_j − m); l = virtual-lane sum of p_j by entry index j; o_d = fma over j = 0, 1, … of p_j
 /// v_jd, from +0; out_d = o_d / l. If lse_RH is not null: lse = m + ln(l) (libm double log,
-/// rounded). Requires first_limit >= 1 and K <= kMaxHeadDim. Scratch: 12 × keys floats per thread.
-/// Adds 4·K·H per visited (row, key) to the op counter.
+/// rounded). Requires first_limit >= 1 and K <= kMaxHeadDim. Scratch: 24 × keys floats per thread
+/// (fewer for fewer queries). Adds 4·K·H per visited (row, key) to the op counter.
 void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
             std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH);
 

@@ -1,7 +1,6 @@
 // Working memory of the kernels: per thread, kept between calls.
 #pragma once
 
-#include <stdlib.h>
 #include <sys/mman.h>
 
 #include <cstddef>
