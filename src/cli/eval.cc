@@ -1,5 +1,6 @@
 #include <CLI/CLI.hpp>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <memory>
 
@@ -7,6 +8,7 @@
 #include "cli/common.h"
 #include "cli/run_config.h"
 #include "core/json.h"
+#include "data/prepare.h"
 #include "eval/perplexity.h"
 #include "report/table.h"
 
@@ -16,6 +18,7 @@ namespace {
 
 struct Options {
   std::string model, data, split = "val";
+  std::vector<std::string> texts;
   eval::EvalOptions eval;
   RuntimeOptions runtime;
   bool json = false;
@@ -71,15 +74,50 @@ void Print(const eval::EvalResult& r) {
       report::FormatPercent(r.share_routed), table.Render());
 }
 
+/// A folder for the time of one command.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string pattern = std::filesystem::temp_directory_path() / "detour-eval-XXXXXX";
+    if (!mkdtemp(pattern.data())) Fail("eval", "no folder could be made in {}", pattern);
+    path_ = pattern;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+/// Text of the user's own: packed with the model's tokenizer, all of it evaluated.
+eval::EvalResult EvaluateTexts(const model::Model& model, const Options& options) {
+  const TemporaryFolder folder;
+  const auto tokenizer = data::Tokenizer::Load(options.model);
+  data::PrepareOptions prepare;
+  prepare.inputs = options.texts;
+  prepare.out_dir = folder.path() + "/shards";
+  prepare.val_fraction = 0;
+  data::Prepare(prepare, data::EncoderOf(*tokenizer, /*parse_special=*/false));
+  return eval::Evaluate(model, data::TokenShards::Open(prepare.out_dir, data::Split::kTrain),
+                        options.eval);
+}
+
+eval::EvalResult EvaluateShards(const model::Model& model, const Options& options) {
+  const data::Split split = options.split == "val" ? data::Split::kVal : data::Split::kTrain;
+  return eval::Evaluate(model, data::TokenShards::Open(options.data, split), options.eval);
+}
+
 void Eval(const Options& options) {
   ApplyRuntimeOptions(options.runtime);
-  const model::Model model = model::LoadModel(options.model);
-  if (options.split != "train" && options.split != "val") {
-    Fail("flag", "--split: expected train or val, got \"{}\"", options.split);
+  if (options.data.empty() == options.texts.empty()) {
+    Fail("flag", "give either --data DIR or --text PATH");
   }
-  const data::Split split = options.split == "val" ? data::Split::kVal : data::Split::kTrain;
+  const model::Model model = model::LoadModel(options.model);
   const eval::EvalResult result =
-      eval::Evaluate(model, data::TokenShards::Open(options.data, split), options.eval);
+      options.texts.empty() ? EvaluateShards(model, options) : EvaluateTexts(model, options);
   if (options.json) {
     fmt::print("{}\n", ToJson(result).dump(2));
   } else {
@@ -94,8 +132,11 @@ void AddEvalCommand(CLI::App& app) {
   CLI::App* sub =
       app.add_subcommand("eval", "Loss, perplexity, bits per byte and routing statistics");
   sub->add_option("-m,--model", options->model, "Model directory")->required();
-  sub->add_option("--data", options->data, "Shards made by detour prepare")->required();
-  sub->add_option("--split", options->split, "train or val")->capture_default_str();
+  sub->add_option("--data", options->data, "Shards made by detour prepare");
+  sub->add_option("--text", options->texts, "Text files, JSON lines or folders instead");
+  sub->add_option("--split", options->split, "Of the shards")
+      ->check(CLI::IsMember({"train", "val"}))
+      ->capture_default_str();
   sub->add_option("--seq-len", options->eval.seq_len, "Tokens per sequence")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -1,0 +1,160 @@
+#include "model/config.h"
+
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+
+namespace detour::model {
+namespace {
+
+using Layers = std::vector<int32_t>;
+
+Json Base() {
+  return {{"model_type", "llama"},    {"vocab_size", 100},      {"hidden_size", 64},
+          {"intermediate_size", 96},  {"num_hidden_layers", 4}, {"num_attention_heads", 4},
+          {"num_key_value_heads", 2}, {"rms_norm_eps", 1e-5}};
+}
+
+Json With(const char* key, Json value) {
+  Json json = Base();
+  json[key] = std::move(value);
+  return json;
+}
+
+ModelConfig Parse(const Json& json) { return ParseConfig(json, "test"); }
+
+TEST(Config, RoundTrip) {
+  Json json = Base();
+  json["tie_word_embeddings"] = true;
+  json["rope_theta"] = 123456.5;
+  json["max_position_embeddings"] = 777;
+  json["initializer_range"] = 0.01;
+  json["head_dim"] = 32;
+  json["eos_token_id"] = {2, 3};
+  json["dtype"] = "bfloat16";
+  json["routing"] = {
+      {"method", "dtrnet"}, {"layers", {0, 3}}, {"aux_loss_coeff", 2e-4}, {"fallback_share", 0.2}};
+  const ModelConfig a = Parse(json);
+  EXPECT_EQ(a.head_dim, 32);
+  EXPECT_EQ(a.max_position_embeddings, 777);
+  EXPECT_EQ(a.rope_theta, 123456.5);
+  EXPECT_TRUE(a.tie_word_embeddings);
+  EXPECT_EQ(a.routing.layers, (Layers{0, 3}));
+  EXPECT_EQ(a.routing.aux_loss_coeff, 2e-4);
+  EXPECT_EQ(a.routing.fallback_share, 0.2);
+  const Json written = ConfigToJson(a);
+  EXPECT_EQ(written.at("eos_token_id"), json.at("eos_token_id"));
+  EXPECT_EQ(written.at("dtype"), "bfloat16");
+  EXPECT_EQ(ConfigToJson(Parse(written)), written);
+  // Through text: no digit is lost.
+  EXPECT_EQ(ConfigToJson(Parse(ParseJson(written.dump(), "written"))), written);
+}
+
+TEST(Config, DefaultsOfMissingKeys) {
+  const ModelConfig c = Parse(Base());
+  EXPECT_EQ(c.head_dim, 16);
+  EXPECT_EQ(c.rope_theta, 10000.0);
+  EXPECT_FALSE(c.tie_word_embeddings);
+  EXPECT_EQ(c.routing.method, "dense");
+  EXPECT_TRUE(c.routing.layers.empty());
+  EXPECT_FALSE(ConfigToJson(c).contains("routing"));
+  Json no_kv_heads = Base();
+  no_kv_heads.erase("num_key_value_heads");
+  EXPECT_EQ(Parse(no_kv_heads).num_kv_heads, 4);
+}
+
+TEST(Config, OldAndNewRopeKeys) {
+  EXPECT_EQ(Parse(With("rope_theta", 5e5)).rope_theta, 5e5);
+  EXPECT_EQ(
+      Parse(With("rope_parameters", {{"rope_theta", 5e5}, {"rope_type", "default"}})).rope_theta,
+      5e5);
+  Json old = With("rope_theta", 5e5);
+  old["rope_scaling"] = nullptr;
+  old["torch_dtype"] = "float32";
+  EXPECT_EQ(Parse(old).rope_theta, 5e5);
+  EXPECT_THROW(Parse(With("rope_scaling", {{"rope_type", "linear"}, {"factor", 2.0}})), Error);
+  EXPECT_THROW(Parse(With("rope_parameters", {{"rope_theta", 1e4}, {"factor", 2.0}})), Error);
+}
+
+TEST(Config, DtrnetLayersNamesTheDenseOnes) {
+  const ModelConfig c = Parse(With("dtrnet_layers", {0, 2}));
+  EXPECT_EQ(c.routing.method, "dtrnet");
+  EXPECT_EQ(c.routing.layers, (Layers{1, 3}));
+  EXPECT_EQ(Parse(With("dtrnet_layers", Json::array())).routing.layers, (Layers{0, 1, 2, 3}));
+}
+
+TEST(Config, Layouts) {
+  EXPECT_EQ(Parse(With("routing", {{"method", "dtrnet"}})).routing.layers, (Layers{1, 3}));
+  EXPECT_EQ(Parse(With("routing", {{"method", "dtrnet"}, {"layout", "all"}})).routing.layers,
+            (Layers{0, 1, 2, 3}));
+  EXPECT_TRUE(Parse(With("routing", {{"method", "dense"}})).routing.layers.empty());
+}
+
+TEST(Config, DenseTwinHasNoRouting) {
+  const ModelConfig twin = DenseTwin(Parse(With("routing", {{"method", "dtrnet"}})));
+  EXPECT_EQ(twin.routing.method, "dense");
+  EXPECT_EQ(ConfigToJson(twin), ConfigToJson(Parse(Base())));
+}
+
+TEST(Config, ErrorsNameTheKey) {
+  const std::vector<std::pair<const char*, Json>> bad = {
+      {"hidden_sizes", 64},
+      {"vocab_size", 0},
+      {"vocab_size", "100"},
+      {"vocab_size", 1.5},
+      {"hidden_size", -1},
+      {"hidden_size", 66},
+      {"intermediate_size", 0},
+      {"num_hidden_layers", 0},
+      {"num_attention_heads", 0},
+      {"num_key_value_heads", 3},
+      {"num_key_value_heads", 8},
+      {"head_dim", 15},
+      {"head_dim", 0},
+      {"max_position_embeddings", 0},
+      {"rms_norm_eps", -1.0},
+      {"rope_theta", 0.0},
+      {"hidden_act", "gelu"},
+      {"model_type", "mistral"},
+      {"attention_bias", true},
+      {"mlp_bias", true},
+      {"tie_word_embeddings", 1},
+      {"dtrnet_layers", 3},
+      {"dtrnet_layers", {-1}},
+  };
+  for (const auto& [key, value] : bad) {
+    try {
+      Parse(With(key, value));
+      ADD_FAILURE() << key << " = " << value.dump() << " was taken";
+    } catch (const Error& e) {
+      const std::string message = e.what();
+      EXPECT_NE(message.find(key), std::string::npos) << message;
+      EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+    }
+  }
+  for (const char* key : {"vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"}) {
+    Json json = Base();
+    json.erase(key);
+    EXPECT_THROW(Parse(json), Error) << key;
+  }
+  EXPECT_THROW(Parse(Json::array()), Error);
+}
+
+TEST(Config, RoutingErrors) {
+  const std::vector<Json> bad = {
+      {{"method", "mixture"}},
+      {{"method", "dtrnet"}, {"layers", {4}}},
+      {{"method", "dtrnet"}, {"layers", {3, 1}}},
+      {{"method", "dtrnet"}, {"layers", {1, 1}}},
+      {{"method", "dtrnet"}, {"layout", "quadlayer"}},
+      {{"method", "dtrnet"}, {"aux_loss_coeff", -1.0}},
+      {{"method", "dtrnet"}, {"fallback_share", 1.5}},
+      {{"method", "dtrnet"}, {"capacity", 0.1}},
+      {{"method", "dense"}, {"layers", {1}}},
+      {{"layers", {1}}},
+  };
+  for (const Json& routing : bad) EXPECT_THROW(Parse(With("routing", routing)), Error) << routing;
+}
+
+}  // namespace
+}  // namespace detour::model
