@@ -1,12 +1,14 @@
 # detour_module(NAME [TORCH] [DEPS module...] [LIBS library...] [TEST_DEPS module...] [TEST_LIBS library...])
 #   One library `detour_NAME` of every .cc in the calling folder, one program `NAME_test` of every *_test.cc, and with
-#   DETOUR_FUZZ one program per *_fuzz.cc, which ctest runs for ten seconds. Which folder may include which: tools/check_includes.py.
+#   DETOUR_FUZZ one program per *_fuzz.cc (target `fuzzers`), which ctest runs for ten seconds.
+#   Which folder may include which: tools/check_includes.py.
 #   TORCH: the folder uses libtorch, through one precompiled header that all such folders share.
 #   TEST_DEPS, TEST_LIBS: what only the tests need (a test may use every lower layer).
 
 # With clang a library must be instrumented for the fuzzers that link it.
 if(DETOUR_FUZZ)
   add_compile_options(-fsanitize=fuzzer-no-link -Wno-unknown-warning-option)
+  add_custom_target(fuzzers)
 endif()
 
 # src/ops/torch_pch.h, compiled once. -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON does without.
@@ -67,7 +69,7 @@ function(detour_module name)
       add_executable(${fuzzer_name} ${fuzzer})
       target_link_libraries(${fuzzer_name} PRIVATE detour_${name})
       target_link_options(${fuzzer_name} PRIVATE -fsanitize=fuzzer)
-      set_property(GLOBAL APPEND PROPERTY DETOUR_FUZZERS ${fuzzer_name})
+      add_dependencies(fuzzers ${fuzzer_name})
       # What a run finds stays in the build folder; it starts from the seeds in tests/corpus.
       set(corpus ${CMAKE_BINARY_DIR}/corpus/${fuzzer_name})
       set(seeds ${CMAKE_SOURCE_DIR}/tests/corpus/${fuzzer_name})

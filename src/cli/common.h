@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,6 +27,9 @@ void ApplyRuntimeOptions(const RuntimeOptions& options);
 /// costs several times the run's time; the policy is read when the library is loaded, so the
 /// program starts itself again with OMP_WAIT_POLICY=passive, unless the user has set one.
 void ApplyTrainingRuntimeOptions(const RuntimeOptions& options);
+
+/// A flag's check: a finite number in [low, high].
+CLI::Validator Number(double low, double high = std::numeric_limits<double>::max());
 
 /// "2048,8192" -> {2048, 8192}. Error("flag") naming `flag` for anything but positive integers.
 std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& text);

@@ -48,8 +48,9 @@ Json ToJson(const eval::EvalResult& r) {
 void Print(const eval::EvalResult& r) {
   fmt::print("{} tokens in {} sequences, {}\n", report::FormatThousands(r.num_tokens),
              report::FormatThousands(r.num_sequences), report::FormatDuration(r.seconds));
-  fmt::print("loss {:.4f} ± {:.4f}   perplexity {:.3f}   bits per byte {:.4f}\n", r.loss,
-             r.loss_stderr, r.perplexity, r.bits_per_byte);
+  fmt::print("loss {:.4f}{}   perplexity {:.3f}   bits per byte {:.4f}\n", r.loss,
+             std::isfinite(r.loss_stderr) ? fmt::format(" ± {:.4f}", r.loss_stderr) : "",
+             r.perplexity, r.bits_per_byte);
   std::vector<report::TextTable::Column> columns = {
       {"layer"}, {"attend"}, {"entropy, bits"}, {"min |p-0.5|"}};
   for (int64_t b = 0; b < eval::kPositionBuckets; ++b) {

@@ -130,22 +130,31 @@ void Generate(Options& options) {
   std::vector<std::string> texts(prompts.size());
   const bool stream = prompts.size() == 1;
   const auto emit = [&](size_t request, const std::string& text) {
-    texts[request] += text;
-    if (!stream) return;
+    if (!stream) {
+      texts[request] += text;
+      return;
+    }
     std::fwrite(text.data(), 1, text.size(), stdout);
     std::fflush(stdout);
   };
-  if (stream) emit(0, prompts[0]);
+  // The prompt is printed with the first token: all checks are behind us then.
+  bool echoed = !stream;
+  const auto echo = [&] {
+    if (!echoed) emit(0, prompts[0]);
+    echoed = true;
+  };
   infer::GenerateStats stats;
   const auto results = infer::Generate(
       model, requests, options.generate,
       [&](size_t request, int32_t token) {
+        echo();
         if (token < tokenizer->vocab_size()) {
           emit(request, answers[request].Push(tokenizer->DecodeToken(token)));
         }
         return !answers[request].stopped() && !StopRequested();
       },
       &stats);
+  echo();
   for (size_t i = 0; i < prompts.size(); ++i) {
     emit(i, answers[i].Finish());
     if (!stream)

@@ -121,7 +121,7 @@ void AddInfoCommand(CLI::App& app) {
   sub->add_option("--seq-len", options->lengths, "Lengths, e.g. 2048,8192,20480")
       ->capture_default_str();
   sub->add_option("--share", options->share, "Share of tokens that attend in routed layers")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(Number(0, 1))
       ->capture_default_str();
   AddFlag(*sub, "--json,!--no-json", options->json, "Print JSON");
   sub->footer("Example:\n  detour info configs/dtrnet-360m.json --seq-len 2048,8192,20480");

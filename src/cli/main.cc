@@ -112,7 +112,7 @@ int Main(int argc, char** argv) {
   try {
     const int code = Run(argc, argv);
     std::cout.flush();
-    if (!std::cout || fflush(stdout) != 0) {
+    if (!std::cout || fflush(stdout) != 0 || ferror(stdout)) {
       return PrintError("standard output cannot be written", kFailed);
     }
     return code;

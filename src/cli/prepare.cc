@@ -100,6 +100,7 @@ void RunPrepare(PrepareFlags flags) {
   const auto tokenizer = data::Tokenizer::Load(flags.tokenizer);
   const data::TextEncoder encoder = data::EncoderOf(*tokenizer, flags.parse_special);
 
+  options.copies = data::TokenizerFiles(flags.tokenizer);
   InstallStopHandler();
   report::StatusLine status;
   std::optional<report::Eta> eta;

@@ -30,19 +30,20 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
   sub.add_option("--method", c.method, "dense or dtrnet, over the model config's");
   sub.add_option("--layout", c.layout,
                  "Routed layers: bilayer, bilayer_dense_ends, trilayer, all, or 1,3,5");
-  sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the mean-probability budget");
+  sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the mean-probability budget")
+      ->check(Number(0));
   sub.add_option(
          "--target-share", c.target_share,
          "Share of tokens that attend in routed layers, held by the ratio controller; 0: off")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(Number(0, 1))
       ->capture_default_str();
   sub.add_option("--share-ramp", c.share_ramp,
                  "Part of the run in which the target falls from 1 to --target-share")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(Number(0, 1))
       ->capture_default_str();
   sub.add_option("--controller-rate", c.controller_rate,
                  "Part of the way to the batch's own threshold the controller moves a step")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(Number(0, 1))
       ->capture_default_str();
 }
 
@@ -61,12 +62,10 @@ void AddScheduleFlags(CLI::App& sub, train::TrainConfig& c) {
   sub.add_option("--max-tokens", c.max_tokens, "Tokens of the run, if --max-steps is not set")
       ->check(positive);
   sub.add_option("--max-time", c.max_time_s, "Seconds of training after which to save and stop")
-      ->check(CLI::NonNegativeNumber);
-  sub.add_option("--lr", c.lr, "Peak learning rate")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+      ->check(Number(0));
+  sub.add_option("--lr", c.lr, "Peak learning rate")->check(Number(1e-30))->capture_default_str();
   sub.add_option("--min-lr", c.min_lr, "Learning rate at the end")
-      ->check(CLI::NonNegativeNumber)
+      ->check(Number(0))
       ->capture_default_str();
   sub.add_option("--warmup-steps", c.warmup_steps, "Steps of linear warm-up")
       ->check(CLI::NonNegativeNumber)
@@ -75,13 +74,11 @@ void AddScheduleFlags(CLI::App& sub, train::TrainConfig& c) {
       ->check(CLI::IsMember({"cosine", "wsd"}))
       ->capture_default_str();
   sub.add_option("--decay-ratio", c.decay_ratio, "Last part of a wsd run, in which the rate falls")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(Number(0, 1))
       ->capture_default_str();
-  sub.add_option("--beta1", c.beta1, "AdamW")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-  sub.add_option("--beta2", c.beta2, "AdamW")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-  sub.add_option("--adam-eps", c.adam_eps, "AdamW")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  sub.add_option("--beta1", c.beta1, "AdamW")->check(Number(0, 0.999999))->capture_default_str();
+  sub.add_option("--beta2", c.beta2, "AdamW")->check(Number(0, 0.999999))->capture_default_str();
+  sub.add_option("--adam-eps", c.adam_eps, "AdamW")->check(Number(1e-30))->capture_default_str();
   sub.add_option("--weight-decay", c.weight_decay, "AdamW; norms and biases do not decay")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -95,7 +92,9 @@ void AddRunFlags(CLI::App& sub, train::TrainConfig& c) {
           "Attention stays inside documents, positions restart with each");
   AddFlag(sub, "--activation-checkpointing,!--no-activation-checkpointing",
           c.activation_checkpointing, "Keep layer inputs only and recompute in the backward pass");
-  sub.add_option("--seed", c.seed, "Of weights, data order and fallback")->capture_default_str();
+  sub.add_option("--seed", c.seed, "Of weights, data order and fallback")
+      ->check(CLI::Range(uint64_t{0}, uint64_t{1} << 62))
+      ->capture_default_str();
   sub.add_option("--eval-every", c.eval_every, "Steps between validations; 0: at the end only")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -129,6 +128,7 @@ void Train(const Options& options) {
   }
   InstallStopHandler();
   const train::TrainSummary s = train::RunTraining(c, [] { return StopRequested(); });
+  if (s.seconds == 0) return;  // the run was complete before
   fmt::print(
       "{}: {} steps, {} tokens in {} ({} tok/s), validation loss {:.4f}, {:.4f} bits per byte, "
       "peak memory {}\n{}\n",

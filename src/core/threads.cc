@@ -118,8 +118,10 @@ void PoolParallelFor(int64_t begin, int64_t end, int64_t grain, const RangeFn& f
 }  // namespace
 
 int NumThreads() {
+  // hardware_concurrency() reads a file of the system at every call.
+  static const int hardware = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   const int n = num_threads.load();
-  return n > 0 ? n : std::max(1u, std::thread::hardware_concurrency());
+  return n > 0 ? n : hardware;
 }
 
 void SetNumThreads(int n) {
@@ -134,7 +136,7 @@ void SetParallelBackend(ParallelBackend b) { backend = b; }
 
 void ParallelFor(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
   if (begin >= end) return;
-  if (in_parallel || NumThreads() == 1 || end - begin <= grain) {
+  if (in_parallel || end - begin <= grain || NumThreads() == 1) {
     fn(begin, end);
   } else if (backend.parallel_for) {
     backend.parallel_for(begin, end, grain, fn);

@@ -326,6 +326,9 @@ ShardManifest Prepare(const PrepareOptions& options, const TextEncoder& encoder)
   manifest.tokenizer_sha256 = encoder.sha256;
   manifest.seed = options.seed;
   manifest.val_fraction = options.val_fraction;
+  for (const std::string& file : options.copies) {
+    io::WriteFile(dir.path() + "/" + fs::path(file).filename().string(), io::ReadFile(file));
+  }
   WriteManifest(dir.path(), manifest);
   fs::remove(spool);
   dir.Commit();

@@ -32,6 +32,7 @@ struct PrepareProgress {
 
 struct PrepareOptions {
   std::vector<std::string> inputs;  ///< files, folders, "-" (at most once)
+  std::vector<std::string> copies;  ///< files to keep beside the shards (the tokenizer's)
   std::string out_dir;
   bool overwrite = false;  ///< of a shard folder; nothing else is ever replaced
   DocumentOptions documents;

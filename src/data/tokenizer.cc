@@ -29,6 +29,16 @@ std::string Tokenizer::DecodeIds(std::span<const int32_t> ids, bool skip_special
   return text;
 }
 
+std::vector<std::string> TokenizerFiles(const std::string& path) {
+  if (!fs::is_directory(path)) return {path};
+  std::vector<std::string> files;
+  for (const char* name :
+       {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}) {
+    if (fs::exists(path + "/" + name)) files.push_back(path + "/" + name);
+  }
+  return files;
+}
+
 std::unique_ptr<Tokenizer> Tokenizer::Load(const std::string& path) {
   std::string file = path;
   if (fs::is_directory(path)) {

@@ -74,6 +74,9 @@ class Tokenizer {
   std::string fingerprint_;
 };
 
+/// The tokenizer's files at `path` (a directory, or one file): what to copy to keep it with a model.
+std::vector<std::string> TokenizerFiles(const std::string& path);
+
 /// Byte-level BPE from the text of a tokenizer.json; `name` is used in messages.
 std::unique_ptr<Tokenizer> LoadTokenizerJson(std::string_view json, const std::string& name);
 

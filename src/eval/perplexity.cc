@@ -45,6 +45,10 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
     Fail("eval", "the data were made with a vocabulary of {}, the model has {}",
          shards.vocab_size(), model.config.vocab_size);
   }
+  if (options.seq_len > model.config.max_position_embeddings) {
+    Fail("eval", "--seq-len {} is beyond the model's context of {}", options.seq_len,
+         model.config.max_position_embeddings);
+  }
   const int64_t seq_len = std::min(options.seq_len, shards.num_tokens() - 1);
   int64_t num_sequences = (shards.num_tokens() - 1) / seq_len;
   if (options.max_tokens > 0) {

@@ -224,7 +224,8 @@ TEST_P(GoldenModes, TruncateIsAsIfNeverSeen) {
   const model::Model model = model::LoadModel(kGolden + GetParam());
   const std::vector<int32_t> ids = GoldenSequences(kGolden + GetParam())[0];
   const std::vector<int32_t> wrong(ids.rbegin(), ids.rend());
-  for (int64_t keep = 0; keep < std::ssize(ids); ++keep) {
+  const int64_t step = std::max<int64_t>(1, std::ssize(ids) / 20);
+  for (int64_t keep = 0; keep < std::ssize(ids); keep += step) {
     RaggedCache straight(model.config), back(model.config);
     const std::vector<int32_t> head(ids.begin(), ids.begin() + keep);
     const std::vector<int32_t> tail(ids.begin() + keep, ids.end());

@@ -49,6 +49,7 @@ float* PagePool::Take() {
   Slab& slab = slabs_.at(with_free_.back());
   float* const page = slab.free.back();
   slab.free.pop_back();
+  if (slab.free.empty()) with_free_.pop_back();
   ++slab.used;
   ++pages_in_use_;
   return page;

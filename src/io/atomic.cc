@@ -220,6 +220,9 @@ AtomicFile::AtomicFile(std::string target) : target_(std::move(target)) {
   if (target_.ends_with('/') || fs::is_directory(target_, error)) {
     Fail("io.write", "{}: expected a file to write, got a directory", target_);
   }
+  if (fs::exists(target_, error) && !fs::is_regular_file(target_, error)) {
+    Fail("io.write", "{}: expected a file to write, got a device, pipe or socket", target_);
+  }
   temporary_ = MakeTemporary(Split(target_), "write", [](const std::string& path) {
     return Fd(open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)).get() < 0 ? -1 : 0;
   });
@@ -281,6 +284,11 @@ void AtomicDir::Commit() {
   if (!aside.empty()) GiveBack(aside);
   Sync(place.parent);
   if (!aside.empty()) Discard(place, aside);
+}
+
+void RemoveDir(const std::string& path) {
+  const Place place = Split(path);
+  Discard(place, place.base);
 }
 
 void CleanTemporaries(const std::string& parent) { Clean(parent); }

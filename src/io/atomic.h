@@ -61,6 +61,10 @@ class AtomicDir {
   bool committed_ = false;
 };
 
+/// Removes a directory so that a kill leaves all of it or nothing under its name (a temporary may
+/// stay).
+void RemoveDir(const std::string& path);
+
 /// After a kill: removes temporaries of dead processes in `parent` and restores set-aside
 /// directories whose target is missing. Those of a live process are left alone. A missing `parent`
 /// has none.

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "io/atomic.h"
+#include "ops/attention.h"
 #include "routing/registry.h"
 
 namespace detour::model {
@@ -101,7 +102,8 @@ void ParseRouting(const Json& json, const std::string& name, ModelConfig* config
     r.fallback_share = GetDoubleOr(object, "fallback_share", where, r.fallback_share, 0.0, 1.0);
   } else if (HasKey(json, "dtrnet_layers", name)) {
     // The public code lists the layers that stay DENSE.
-    const std::vector<int64_t> dense = GetInts(json, "dtrnet_layers", name, 0, 1 << 20);
+    const std::vector<int64_t> dense =
+        GetInts(json, "dtrnet_layers", name, 0, config->num_layers - 1);
     r.method = "dtrnet";
     for (int32_t l = 0; l < config->num_layers; ++l) {
       if (std::find(dense.begin(), dense.end(), l) == dense.end()) r.layers.push_back(l);
@@ -155,7 +157,8 @@ ModelConfig ParseConfig(const Json& json, const std::string& name) {
          "not set",
          name, c.hidden_size, c.num_heads);
   }
-  c.head_dim = GetIntOr(json, "head_dim", name, c.hidden_size / c.num_heads, 2, 4096);
+  c.head_dim =
+      GetIntOr(json, "head_dim", name, c.hidden_size / c.num_heads, 2, kernels::kMaxHeadDim);
   if (c.head_dim % 2 != 0) {
     Fail("config", "{}: head_dim: expected an even number, got {}", name, c.head_dim);
   }

@@ -145,6 +145,7 @@ Model LoadModel(const std::string& dir) {
 
 void SaveModel(Model& model, const std::string& dir) {
   Json config = ConfigToJson(model.config);
+  config.erase("dtype");  // the newer name of the same key
   config["torch_dtype"] = "float32";
   io::WriteFile(dir + "/config.json", config.dump(2) + "\n");
   std::vector<io::TensorToWrite> tensors;

@@ -50,7 +50,7 @@ std::vector<int32_t> LayoutLayers(const std::string& layout, int32_t num_layers)
   } else {
     const char* p = layout.data();
     const char* const end = p + layout.size();
-    while (p != end) {
+    do {
       int32_t l = -1;
       const auto [next, error] = std::from_chars(p, end, l);
       if (error != std::errc() || l < 0 || l >= num_layers ||
@@ -61,8 +61,9 @@ std::vector<int32_t> LayoutLayers(const std::string& layout, int32_t num_layers)
              num_layers, layout);
       }
       layers.push_back(l);
-      p = next == end ? end : next + 1;
-    }
+      if (next == end) break;
+      p = next + 1;
+    } while (true);
   }
   return layers;
 }

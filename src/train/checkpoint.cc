@@ -16,8 +16,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr const char* kTokenizerFiles[] = {"tokenizer.json", "tokenizer.model",
-                                           "tokenizer_config.json", "special_tokens_map.json"};
 constexpr const char* kPrefix = "step-";
 
 std::vector<fs::path> Checkpoints(const std::string& out_dir) {
@@ -43,14 +41,13 @@ void WriteOptimizer(AdamW& optimizer, const std::string& path) {
 }  // namespace
 
 std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, AdamW& optimizer,
-                           const TrainerState& state, const std::string& tokenizer_dir,
-                           int64_t keep_last) {
+                           const TrainerState& state,
+                           const std::vector<std::string>& tokenizer_files, int64_t keep_last) {
   const std::string name = fmt::format("{}{:08}", kPrefix, state.step);
   io::AtomicDir dir(out_dir + "/" + name);
   model::SaveModel(model, dir.path());
-  for (const char* file : kTokenizerFiles) {
-    if (tokenizer_dir.empty() || !fs::exists(tokenizer_dir + "/" + file)) continue;
-    io::WriteFile(dir.path() + "/" + file, io::ReadFile(tokenizer_dir + "/" + file));
+  for (const std::string& file : tokenizer_files) {
+    io::WriteFile(dir.path() + "/" + fs::path(file).filename().string(), io::ReadFile(file));
   }
   WriteOptimizer(optimizer, dir.path() + "/optimizer.safetensors");
   const Json json = {{"format", 1},
@@ -65,7 +62,7 @@ std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, Adam
   io::ReplaceSymlink(out_dir + "/latest", name);
   std::vector<fs::path> all = Checkpoints(out_dir);
   for (size_t i = 0; i + static_cast<size_t>(std::max<int64_t>(keep_last, 1)) < all.size(); ++i) {
-    if (all[i].filename() != name) fs::remove_all(all[i]);
+    if (all[i].filename() != name) io::RemoveDir(all[i].string());
   }
   return out_dir + "/" + name;
 }
@@ -74,8 +71,11 @@ std::string LatestCheckpoint(const std::string& out_dir) {
   if (!fs::is_directory(out_dir)) return "";
   io::CleanTemporaries(out_dir);
   const std::string latest = out_dir + "/latest";
-  if (fs::exists(latest)) return out_dir + "/" + fs::read_symlink(latest).string();
-  return "";
+  if (!fs::is_symlink(latest)) {
+    if (!fs::exists(latest)) return "";
+    Fail("train.checkpoint", "{}: expected a link to a checkpoint, got something else", latest);
+  }
+  return out_dir + "/" + fs::read_symlink(latest).string();
 }
 
 TrainerState LoadTrainerState(const std::string& dir, AdamW& optimizer) {
@@ -96,6 +96,9 @@ TrainerState LoadTrainerState(const std::string& dir, AdamW& optimizer) {
   state.next_sequence = GetInt(json, "next_sequence", path, 0);
   state.seed = static_cast<uint64_t>(GetInt(json, "seed", path, 0));
   state.seconds = GetDouble(json, "seconds", path, 0);
+  if (!json.contains("config") || !json.at("config").is_object()) {
+    Fail("train.checkpoint", "{}: config: expected an object", path);
+  }
   state.config = json.at("config");
   return state;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/json.h"
 #include "model/model.h"
@@ -26,8 +27,8 @@ struct TrainerState {
 /// set, optimizer.safetensors, trainer_state.json) atomically, points OUT/latest at it, then
 /// removes all but the newest `keep_last`. Returns its path.
 std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, AdamW& optimizer,
-                           const TrainerState& state, const std::string& tokenizer_dir,
-                           int64_t keep_last);
+                           const TrainerState& state,
+                           const std::vector<std::string>& tokenizer_files, int64_t keep_last);
 
 /// OUT/latest, or "" if there is none. Leftovers of a killed run are cleaned up first.
 std::string LatestCheckpoint(const std::string& out_dir);

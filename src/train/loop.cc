@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "core/error.h"
-#include "core/op_counter.h"
+#include "data/tokenizer.h"
 #include "eval/perplexity.h"
 #include "io/atomic.h"
 #include "model/cost.h"
@@ -64,24 +64,35 @@ model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
   const std::string& source = c.init_from.empty() ? c.model_config : c.init_from;
   if (source.empty()) Fail("train.config", "no model: give --model-config FILE or --init-from DIR");
   model::ModelConfig config = model::LoadConfig(source);
-  if (!c.method.empty() && c.method != config.routing.method) {
-    config.routing = {};
-    config.routing.method = c.method;
+  routing::RoutingConfig& r = config.routing;
+  const bool other_method = !c.method.empty() && c.method != r.method;
+  if (!c.init_from.empty() && (other_method || !c.layout.empty())) {
+    Fail("train.config", "--method and --layout describe a new model; {} has its own", c.init_from);
+  }
+  if (other_method) {
+    r = {};
+    r.method = c.method;
     routing::FindMethod(c.method);
-    if (c.method != "dense") config.routing.layers = {1};  // replaced below
   }
-  if (config.routing.method != "dense" && (!c.layout.empty() || config.routing.layers.empty() ||
-                                           config.routing.layers == std::vector<int32_t>{1})) {
-    config.routing.layers =
-        routing::LayoutLayers(c.layout.empty() ? "bilayer" : c.layout, config.num_layers);
+  if (r.method == "dense" && (!c.layout.empty() || c.target_share > 0)) {
+    Fail("train.config", "{} needs a method with routers, got --method dense",
+         c.layout.empty() ? "--target-share" : "--layout");
   }
-  if (c.aux_loss_coeff >= 0) config.routing.aux_loss_coeff = c.aux_loss_coeff;
+  if (r.method != "dense" && (other_method || !c.layout.empty())) {
+    r.layers = routing::LayoutLayers(c.layout.empty() ? "bilayer" : c.layout, config.num_layers);
+  }
+  if (c.aux_loss_coeff >= 0) r.aux_loss_coeff = c.aux_loss_coeff;
   return config;
 }
 
 model::Model InitialModel(const TrainConfig& c) {
-  if (!c.init_from.empty()) return model::LoadModel(c.init_from);
-  model::Model m = model::AllocateModel(ResolveModelConfig(c));
+  const model::ModelConfig config = ResolveModelConfig(c);
+  if (!c.init_from.empty()) {
+    model::Model m = model::LoadModel(c.init_from);
+    m.config = config;
+    return m;
+  }
+  model::Model m = model::AllocateModel(config);
   model::InitializeWeights(m, c.seed);
   return m;
 }
@@ -116,6 +127,7 @@ class Run {
   void Log(const StepResult& step, double lr, double target_share, double seconds);
   void Validate();
   void Save();
+  std::vector<std::string> TokenizerFiles() const;
 
   const TrainConfig& config_;
   const std::function<bool()>& stop_requested_;
@@ -138,7 +150,15 @@ void Run::Prepare() {
     Fail("train.config", "--global-batch-size {} is no multiple of --micro-batch-size {}",
          config_.global_batch_size, config_.micro_batch_size);
   }
-  fs::create_directories(config_.out_dir);
+  std::error_code error;
+  fs::create_directories(config_.out_dir, error);
+  if (!fs::is_directory(config_.out_dir)) {
+    Fail("train.out_dir", "{}: expected a folder that can be made, got: {}", config_.out_dir,
+         error ? error.message() : "a file");
+  }
+  if (TokenizerFiles().empty()) {
+    status_.Print("note: no tokenizer beside the data and no --tokenizer: checkpoints hold none");
+  }
   std::string resume;
   if (config_.resume == "auto") {
     resume = LatestCheckpoint(config_.out_dir);
@@ -275,20 +295,31 @@ void Run::Validate() {
   }
 }
 
+std::vector<std::string> Run::TokenizerFiles() const {
+  if (config_.tokenizer_dir.empty()) return data::TokenizerFiles(config_.data_dir);
+  data::Tokenizer::Load(config_.tokenizer_dir);  // an Error if it is none
+  return data::TokenizerFiles(config_.tokenizer_dir);
+}
+
 void Run::Save() {
   if (saved_step_ == state_.step) return;
   metrics_->Sync();
   state_.seconds = summary_.seconds;
-  const std::string& tokenizer =
-      config_.tokenizer_dir.empty() ? config_.data_dir : config_.tokenizer_dir;
-  summary_.checkpoint =
-      SaveCheckpoint(config_.out_dir, model_, *optimizer_, state_, tokenizer, config_.keep_last);
+  summary_.checkpoint = SaveCheckpoint(config_.out_dir, model_, *optimizer_, state_,
+                                       TokenizerFiles(), config_.keep_last);
   saved_step_ = state_.step;
 }
 
 TrainSummary Run::Train() {
   Prepare();
   summary_.stopped_by = "done";
+  if (state_.step >= total_steps_) {
+    status_.Print(
+        fmt::format("nothing left to do: {} has all {} steps", summary_.checkpoint, total_steps_));
+    summary_.steps = state_.step;
+    summary_.tokens = state_.tokens;
+    return summary_;
+  }
   summary_.seconds = state_.seconds;
   const double seconds_before = state_.seconds;
   int64_t tokens_now = 0;
