@@ -61,6 +61,10 @@ CLI::Validator Number(double low, double high) {
       "");
 }
 
+CLI::Validator SeedRange() {
+  return CLI::Range(uint64_t{0}, static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
+}
+
 std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& text) {
   std::vector<int64_t> lengths;
   const char* p = text.data();

@@ -31,6 +31,9 @@ void ApplyTrainingRuntimeOptions(const RuntimeOptions& options);
 /// A flag's check: a finite number in [low, high].
 CLI::Validator Number(double low, double high = std::numeric_limits<double>::max());
 
+/// Seeds are stored as JSON integers: [0, 2^63 - 1]. (CLI11 would read -1 as 2^64 - 1.)
+CLI::Validator SeedRange();
+
 /// "2048,8192" -> {2048, 8192}. Error("flag") naming `flag` for anything but positive integers.
 std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& text);
 

@@ -140,7 +140,10 @@ void Generate(Options& options) {
   // The prompt is printed with the first token: all checks are behind us then.
   bool echoed = !stream;
   const auto echo = [&] {
-    if (!echoed) emit(0, prompts[0]);
+    if (!echoed) {
+      data::Utf8Stream utf8;
+      emit(0, utf8.Push(prompts[0]) + utf8.Flush());
+    }
     echoed = true;
   };
   infer::GenerateStats stats;
@@ -189,7 +192,9 @@ void AddGenerateCommand(CLI::App& app) {
   sub->add_option("--repetition-penalty", g.sampling.repetition_penalty,
                   "Above 1: tokens seen before become less likely")
       ->capture_default_str();
-  sub->add_option("--seed", g.sampling.seed, "Of the sampler")->capture_default_str();
+  sub->add_option("--seed", g.sampling.seed, "Of the sampler")
+      ->check(SeedRange())
+      ->capture_default_str();
   sub->add_option("--stop", options->stop, "String that ends an answer; may be given several times")
       ->allow_extra_args(false);
   AddFlag(*sub, "--ignore-eos,!--no-ignore-eos", options->ignore_eos,

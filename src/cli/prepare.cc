@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cli/commands.h"
+#include "cli/common.h"
 #include "cli/signals.h"
 #include "core/threads.h"
 #include "data/tokenizer.h"
@@ -149,7 +150,9 @@ void AddPrepareCommand(CLI::App& app) {
   command->add_option("--val-fraction", options.val_fraction, "Share of documents for validation")
       ->check(CLI::Range(0.0, 0.999))
       ->capture_default_str();
-  command->add_option("--seed", options.seed, "Of the split")->capture_default_str();
+  command->add_option("--seed", options.seed, "Of the split")
+      ->check(SeedRange())
+      ->capture_default_str();
   command->add_option("--shard-tokens", options.shard_tokens, "Tokens per shard file")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->capture_default_str();

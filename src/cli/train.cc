@@ -80,10 +80,10 @@ void AddScheduleFlags(CLI::App& sub, train::TrainConfig& c) {
   sub.add_option("--beta2", c.beta2, "AdamW")->check(Number(0, 0.999999))->capture_default_str();
   sub.add_option("--adam-eps", c.adam_eps, "AdamW")->check(Number(1e-30))->capture_default_str();
   sub.add_option("--weight-decay", c.weight_decay, "AdamW; norms and biases do not decay")
-      ->check(CLI::NonNegativeNumber)
+      ->check(Number(0))
       ->capture_default_str();
   sub.add_option("--grad-clip", c.grad_clip, "Largest gradient norm; 0: no clipping")
-      ->check(CLI::NonNegativeNumber)
+      ->check(Number(0))
       ->capture_default_str();
 }
 
@@ -93,7 +93,7 @@ void AddRunFlags(CLI::App& sub, train::TrainConfig& c) {
   AddFlag(sub, "--activation-checkpointing,!--no-activation-checkpointing",
           c.activation_checkpointing, "Keep layer inputs only and recompute in the backward pass");
   sub.add_option("--seed", c.seed, "Of weights, data order and fallback")
-      ->check(CLI::Range(uint64_t{0}, uint64_t{1} << 62))
+      ->check(SeedRange())
       ->capture_default_str();
   sub.add_option("--eval-every", c.eval_every, "Steps between validations; 0: at the end only")
       ->check(CLI::NonNegativeNumber)

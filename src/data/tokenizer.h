@@ -74,7 +74,8 @@ class Tokenizer {
   std::string fingerprint_;
 };
 
-/// The tokenizer's files at `path` (a directory, or one file): what to copy to keep it with a model.
+/// The tokenizer's files at `path` (a directory, or one file): what to copy to keep it with a
+/// model.
 std::vector<std::string> TokenizerFiles(const std::string& path);
 
 /// Byte-level BPE from the text of a tokenizer.json; `name` is used in messages.

@@ -41,8 +41,8 @@ struct LinearFn : torch::autograd::Function<LinearFn> {
     DETOUR_CHECK(x.dim() == 2 && x.size(1) == weight.size(1), "x {} against weight {}", x.size(1),
                  weight.size(1));
     at::Tensor y = at::empty({num_rows, weight.size(0)}, x.options());
-    kernels::Gemm(F32(x), x.size(1), num_rows, matrix->Packed(),
-                  bias ? F32(*bias) : nullptr, F32(y), weight.size(0));
+    kernels::Gemm(F32(x), x.size(1), num_rows, matrix->Packed(), bias ? F32(*bias) : nullptr,
+                  F32(y), weight.size(0));
     ctx->save_for_backward({x, weight});
     ctx->saved_data["bias"] = bias.has_value();
     return y;

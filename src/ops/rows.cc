@@ -90,8 +90,8 @@ struct AddScaledFn : Function<AddScaledFn> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& f,
                             const std::optional<at::Tensor>& weight) {
     at::Tensor y = at::empty_like(x);
-    kernels::AddScaledRows(F32(x), F32(f), weight ? F32(*weight) : nullptr, x.size(0),
-                           x.size(1), F32(y));
+    kernels::AddScaledRows(F32(x), F32(f), weight ? F32(*weight) : nullptr, x.size(0), x.size(1),
+                           F32(y));
     if (weight) ctx->save_for_backward({f, *weight});
     return y;
   }
