@@ -3,13 +3,13 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numbers>
 
 #include "core/error.h"
 #include "eval/batch.h"
 #include "ops/loss.h"
+#include "report/status.h"
 
 namespace detour::eval {
 
@@ -39,7 +39,7 @@ void AddPlan(const routing::Plan& plan, int64_t num_rows, int64_t seq_len, Layer
 EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
                     const EvalOptions& options) {
   const at::NoGradGuard no_grad;
-  const auto start = std::chrono::steady_clock::now();
+  const double start = report::MonotonicSeconds();
   if (shards.num_tokens() < 2) Fail("eval", "the split has fewer than 2 tokens");
   if (shards.vocab_size() != model.config.vocab_size) {
     Fail("eval", "the data were made with a vocabulary of {}, the model has {}",
@@ -107,7 +107,7 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
     result.layers.push_back(std::move(r));
   }
   if (num_routed_layers > 0) result.share_routed /= num_routed_layers;
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  result.seconds = report::MonotonicSeconds() - start;
   return result;
 }
 

@@ -3,18 +3,14 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <chrono>
 
 #include "core/error.h"
 #include "ops/rows.h"
+#include "report/status.h"
 
 namespace detour::infer {
 
 namespace {
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 /// A request under way.
 struct Active {
@@ -85,7 +81,7 @@ class Generator {
       if (n == left) last_rows.push_back(static_cast<int32_t>(begin + n - 1));
       prefill |= a.num_done < a.prompt_length;
     }
-    const double start = Now();
+    const double start = report::MonotonicSeconds();
     const at::Tensor ids_N = at::tensor(ids, at::kInt);
     const routing::Stream stream = routing::Stream::FromSegments(std::move(segments));
     std::vector<routing::Plan> plans;
@@ -98,7 +94,7 @@ class Generator {
       logits = Logits(model_, ops::GatherRows(h, at::tensor(last_rows, at::kInt)));
     }
     Advance(stream, logits);
-    const double seconds = Now() - start;
+    const double seconds = report::MonotonicSeconds() - start;
     (prefill ? stats_->prefill_seconds : stats_->decode_seconds) += seconds;
     if (!prefill) stats_->decode_tokens += static_cast<int64_t>(last_rows.size());
   }

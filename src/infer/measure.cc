@@ -3,20 +3,16 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <chrono>
 #include <memory>
 
 #include "infer/ragged_cache.h"
+#include "report/status.h"
 
 namespace detour::infer {
 
 namespace {
 
 constexpr int64_t kChunk = 512;
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 /// Feeds tokens [begin, end) of one sequence.
 void Feed(const model::Model& model, RaggedCache& cache, std::span<const int32_t> tokens,
@@ -47,22 +43,23 @@ std::vector<std::vector<LengthFigures>> MeasureLengths(
   for (const int64_t length : lengths) {
     if (length + decode_tokens > most) break;
     for (size_t m = 0; m < models.size(); ++m) {
-      const double start = Now();
+      const double start = report::MonotonicSeconds();
       for (int64_t begin = done; begin < length; begin += kChunk) {
         Feed(*models[m], *caches[m], tokens, begin, std::min(begin + kChunk, length));
       }
-      prefill_seconds[m] += Now() - start;
+      prefill_seconds[m] += report::MonotonicSeconds() - start;
       figures[m].push_back({length, caches[m]->bytes(), prefill_seconds[m], 0});
     }
     done = length;
     std::vector<std::vector<double>> rates(models.size());
     for (int r = 0; r < repeats; ++r) {
       for (size_t m = 0; m < models.size(); ++m) {
-        const double start = Now();
+        const double start = report::MonotonicSeconds();
         for (int64_t t = length; t < length + decode_tokens; ++t) {
           Feed(*models[m], *caches[m], tokens, t, t + 1);
         }
-        rates[m].push_back(static_cast<double>(decode_tokens) / (Now() - start));
+        rates[m].push_back(static_cast<double>(decode_tokens) /
+                           (report::MonotonicSeconds() - start));
         caches[m]->Truncate(0, length);
       }
     }

@@ -127,7 +127,7 @@ class Run {
   void Log(const StepResult& step, double lr, double target_share, double seconds);
   void Validate();
   void Save();
-  std::vector<std::string> TokenizerFiles() const;
+  std::vector<std::string> FindTokenizerFiles() const;
 
   const TrainConfig& config_;
   const std::function<bool()>& stop_requested_;
@@ -143,6 +143,7 @@ class Run {
   report::StatusLine status_;
   report::Eta eta_;
   int64_t saved_step_ = -1;
+  std::vector<std::string> tokenizer_files_;  // copied into each checkpoint
 };
 
 void Run::Prepare() {
@@ -156,7 +157,8 @@ void Run::Prepare() {
     Fail("train.out_dir", "{}: expected a folder that can be made, got: {}", config_.out_dir,
          error ? error.message() : "a file");
   }
-  if (TokenizerFiles().empty()) {
+  tokenizer_files_ = FindTokenizerFiles();
+  if (tokenizer_files_.empty()) {
     status_.Print("note: no tokenizer beside the data and no --tokenizer: checkpoints hold none");
   }
   std::string resume;
@@ -295,7 +297,7 @@ void Run::Validate() {
   }
 }
 
-std::vector<std::string> Run::TokenizerFiles() const {
+std::vector<std::string> Run::FindTokenizerFiles() const {
   if (config_.tokenizer_dir.empty()) return data::TokenizerFiles(config_.data_dir);
   data::Tokenizer::Load(config_.tokenizer_dir);  // an Error if it is none
   return data::TokenizerFiles(config_.tokenizer_dir);
@@ -306,7 +308,7 @@ void Run::Save() {
   metrics_->Sync();
   state_.seconds = summary_.seconds;
   summary_.checkpoint = SaveCheckpoint(config_.out_dir, model_, *optimizer_, state_,
-                                       TokenizerFiles(), config_.keep_last);
+                                       tokenizer_files_, config_.keep_last);
   saved_step_ = state_.step;
 }
 
