@@ -119,6 +119,19 @@ def test_greedy_is_the_argmax_of_a_full_recompute(method, steps):
             assert (reason, text) == ("length", raw.decode(errors="replace"))
 
 
+def test_json():
+    """A line a prompt: the text that is printed otherwise, its ids, and who attended."""
+    stdout, _ = generate(*flags(PROMPTS), *SAMPLED, "--json")
+    lines = [json.loads(line) for line in stdout.decode().splitlines()]
+    assert [(line["finish_reason"], line["text"]) for line in lines] == answers(*SAMPLED)
+    for line, prompt in zip(lines, PROMPTS, strict=True):
+        assert line["prompt"] == prompt and line["positions"] == len(line["prompt_tokens"]) + len(line["tokens"]) - 1
+        raw, _ = detour("tokenizer", "decode", "--model", tokenizer(), *line["tokens"])
+        assert raw.decode(errors="replace") == line["text"]
+        dense = [n == line["positions"] for n in line["routed_tokens_by_layer"]]
+        assert dense[0] and dense[2] and not all(dense)
+
+
 def test_stop():
     text = one(PROMPTS[0], *SAMPLED)
     reason, plain = answers(*SAMPLED, prompts=PROMPTS[:2])[0]

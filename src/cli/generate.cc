@@ -8,6 +8,7 @@
 #include "cli/common.h"
 #include "cli/run_config.h"
 #include "cli/signals.h"
+#include "core/json.h"
 #include "data/utf8_stream.h"
 #include "report/memory.h"
 #include "report/table.h"
@@ -20,7 +21,7 @@ struct Options {
   std::string model, prompts_file;
   std::vector<std::string> prompts, stop;
   int64_t max_tokens = 128;
-  bool ignore_eos = false, stats = false;
+  bool ignore_eos = false, stats = false, json = false;
   infer::GenerateOptions generate;
   RuntimeOptions runtime;
 };
@@ -107,6 +108,28 @@ void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& con
              report::FormatBytes(static_cast<double>(report::PeakRssBytes())));
 }
 
+/// Answers as text, one block each; or one line of JSON each.
+void PrintAnswers(const Options& options, const std::vector<std::string>& prompts,
+                  const std::vector<infer::Request>& requests,
+                  const std::vector<infer::RequestResult>& results,
+                  const std::vector<std::string>& texts) {
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    const infer::RequestResult& r = results[i];
+    if (!options.json) {
+      fmt::print("=== {} ({})\n{}{}\n", i + 1, r.finish_reason, prompts[i], texts[i]);
+      continue;
+    }
+    const Json line = {{"prompt", prompts[i]},
+                       {"text", texts[i]},
+                       {"finish_reason", r.finish_reason},
+                       {"prompt_tokens", requests[i].prompt},
+                       {"tokens", r.tokens},
+                       {"routed_tokens_by_layer", r.routed_tokens},
+                       {"positions", r.num_positions}};
+    fmt::print("{}\n", line.dump(-1, ' ', false, Json::error_handler_t::replace));
+  }
+}
+
 void Generate(Options& options) {
   ApplyRuntimeOptions(options.runtime);
   for (const std::string& s : options.stop) {
@@ -128,7 +151,7 @@ void Generate(Options& options) {
   InstallStopHandler();
   std::vector<Answer> answers(prompts.size(), Answer(&options.stop));
   std::vector<std::string> texts(prompts.size());
-  const bool stream = prompts.size() == 1;
+  const bool stream = prompts.size() == 1 && !options.json;
   const auto emit = [&](size_t request, const std::string& text) {
     if (!stream) {
       texts[request] += text;
@@ -158,12 +181,12 @@ void Generate(Options& options) {
       },
       &stats);
   echo();
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    emit(i, answers[i].Finish());
-    if (!stream)
-      fmt::print("=== {} ({})\n{}{}\n", i + 1, results[i].finish_reason, prompts[i], texts[i]);
+  for (size_t i = 0; i < prompts.size(); ++i) emit(i, answers[i].Finish());
+  if (stream) {
+    fmt::print("\n");
+  } else {
+    PrintAnswers(options, prompts, requests, results, texts);
   }
-  if (stream) fmt::print("\n");
   std::fflush(stdout);
   if (options.stats) PrintStats(stats, model.config, results);
 }
@@ -208,6 +231,8 @@ void AddGenerateCommand(CLI::App& app) {
       ->capture_default_str();
   AddFlag(*sub, "--stats,!--no-stats", options->stats,
           "Speed, cache bytes and routing on standard error");
+  AddFlag(*sub, "--json,!--no-json", options->json,
+          "A line of JSON per prompt, with token ids and routing, at the end");
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(
       "Example:\n  detour generate --model out/dtrnet/latest --prompt \"The state of the union\" "

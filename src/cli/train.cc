@@ -42,7 +42,8 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
       ->check(Number(0, 1))
       ->capture_default_str();
   sub.add_option("--controller-rate", c.controller_rate,
-                 "Part of the way to the batch's own threshold the controller moves a step")
+                 "Part of the way to the batch's own threshold the controller moves in a step, at "
+                 "least; more while the learning rate is near its peak")
       ->check(Number(0, 1))
       ->capture_default_str();
 }

@@ -86,6 +86,17 @@ void ParseRouting(const Json& json, const std::string& name, ModelConfig* config
     CheckKnownKeys(object, kRoutingKeys, where);
     r.method = GetString(object, "method", where);
     routing::FindMethod(r.method);
+    for (const char* key : {"layers", "layout", "aux_loss_coeff", "fallback_share"}) {
+      if (r.method == "dense" && HasKey(object, key, where)) {
+        Fail("config", "{}: {} is set, but method is \"dense\"", where, key);
+      }
+    }
+    if (HasKey(object, "layers", where) && HasKey(object, "layout", where)) {
+      Fail("config", "{}: expected layers or layout, got both", where);
+    }
+    if (HasKey(json, "dtrnet_layers", name)) {
+      Fail("config", "{}: expected routing or dtrnet_layers, got both", name);
+    }
     if (HasKey(object, "layers", where)) {
       for (int64_t l : GetInts(object, "layers", where, 0, config->num_layers - 1)) {
         if (!r.layers.empty() && l <= r.layers.back()) {
@@ -109,9 +120,6 @@ void ParseRouting(const Json& json, const std::string& name, ModelConfig* config
       if (std::find(dense.begin(), dense.end(), l) == dense.end()) r.layers.push_back(l);
     }
     r.aux_loss_coeff = GetDoubleOr(json, "aux_loss_coeff", name, 8e-4, 0.0, 1e6);
-  }
-  if (r.method == "dense" && !r.layers.empty()) {
-    Fail("config", "{}: routing.layers are set, but routing.method is \"dense\"", name);
   }
 }
 

@@ -151,9 +151,15 @@ TEST(Config, RoutingErrors) {
       {{"method", "dtrnet"}, {"fallback_share", 1.5}},
       {{"method", "dtrnet"}, {"capacity", 0.1}},
       {{"method", "dense"}, {"layers", {1}}},
+      {{"method", "dense"}, {"layout", "bilayer"}},
+      {{"method", "dense"}, {"aux_loss_coeff", 1e-3}},
+      {{"method", "dtrnet"}, {"layers", {1}}, {"layout", "bilayer"}},
       {{"layers", {1}}},
   };
   for (const Json& routing : bad) EXPECT_THROW(Parse(With("routing", routing)), Error) << routing;
+  Json both = With("routing", {{"method", "dtrnet"}});
+  both["dtrnet_layers"] = {0, 2};
+  EXPECT_THROW(Parse(both), Error);
 }
 
 }  // namespace

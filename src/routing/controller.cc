@@ -5,12 +5,12 @@
 
 namespace detour::routing {
 
-double ControllerShift(std::vector<float>& differences, double target, double rate) {
+double QuantileShift(std::vector<float>& differences, double target) {
   if (differences.empty()) return 0;
   const auto n = static_cast<int64_t>(differences.size());
   if (target >= 1) {
     const float lowest = *std::min_element(differences.begin(), differences.end());
-    return std::clamp(kAllMargin - lowest, 0.0, 1.0) * rate;
+    return std::max(kAllMargin - lowest, 0.0);
   }
   // Exactly `above` rows lie above the midpoint of two neighbours in order.
   const int64_t above = std::clamp<int64_t>(std::llround(target * n), 0, n);
@@ -23,7 +23,11 @@ double ControllerShift(std::vector<float>& differences, double target, double ra
     std::nth_element(differences.begin(), cut, differences.end());
     threshold = 0.5 * (*cut + *std::max_element(differences.begin(), cut));
   }
-  return std::clamp(-threshold, -1.0, 1.0) * rate;
+  return -threshold;
+}
+
+double ControllerShift(std::vector<float>& differences, double target, double rate) {
+  return rate * std::clamp(QuantileShift(differences, target), -1.0, 1.0);
 }
 
 }  // namespace detour::routing

@@ -7,12 +7,14 @@
 
 namespace detour::routing {
 
-/// How far to shift the logit of "attend", given the logit differences (attend − bypass) of all
-/// rows of a step, so that the share of rows above 0 moves toward `target`: `rate` (0..1] times the
-/// distance to the batch's own quantile, at most 1 a step. target >= 1 means all rows: the lowest
-/// difference is moved to at least kAllMargin. Scale-free: a sign rule with a fixed step swings
-/// between 0 and 1 while the logits are still smaller than the step. `differences` is reordered. 0
-/// if it is empty.
+/// How far to shift the logit of "attend", given the logit differences (attend − bypass) of rows,
+/// so that a share `target` of these rows lies above 0. target >= 1 means all rows: the lowest
+/// difference is moved to at least kAllMargin. `differences` is reordered. 0 if it is empty.
+double QuantileShift(std::vector<float>& differences, double target);
+
+/// The controller's shift after a training step: `rate` (0..1] of the way to the quantile of the
+/// step's rows, at most 1 a step. Scale-free: a sign rule with a fixed step swings between 0 and 1
+/// while the logits are still smaller than the step.
 double ControllerShift(std::vector<float>& differences, double target, double rate);
 
 inline constexpr double kAllMargin = 0.5;

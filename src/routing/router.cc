@@ -8,12 +8,9 @@ std::vector<uint8_t> DrawFallbackRows(const DrawKey& key, int32_t layer, int64_t
                                       double share) {
   const Rng rng(key.seed, RngPurpose::kFallback, key.step, static_cast<uint32_t>(layer));
   std::vector<uint8_t> routed(num_rows);
-  bool any = false;
   for (int64_t n = 0; n < num_rows; ++n) {
     routed[n] = rng.Uniform(key.first_row + n) < share;
-    any |= routed[n] != 0;
   }
-  if (!any && num_rows > 0 && share > 0 && key.first_row == 0) routed[0] = 1;
   return routed;
 }
 

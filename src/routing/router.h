@@ -55,8 +55,7 @@ class Router {
 };
 
 /// Rows for a layer that routed none of the whole training batch: row r with probability `share`,
-/// by a hash of (seed, step, layer, global row); global row 0 if the draw of the first rows was
-/// empty.
+/// by a hash of (seed, step, layer, global row). A draw of few rows may be empty.
 std::vector<uint8_t> DrawFallbackRows(const DrawKey& key, int32_t layer, int64_t num_rows,
                                       double share);
 

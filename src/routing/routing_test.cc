@@ -55,7 +55,7 @@ TEST(DrawFallbackRows, ShareAndKey) {
 TEST(DrawFallbackRows, IndependentOfTheSplit) {
   const int64_t n = 1000;
   const auto whole = DrawFallbackRows({.seed = 5, .step = 2}, 0, n, 0.15);
-  for (const int64_t part : {100, 333, 512}) {
+  for (const int64_t part : {1, 100, 333, 512}) {
     std::vector<uint8_t> joined;
     for (int64_t first = 0; first < n; first += part) {
       const auto rows = DrawFallbackRows({.seed = 5, .step = 2, .first_row = first}, 0,
@@ -66,11 +66,7 @@ TEST(DrawFallbackRows, IndependentOfTheSplit) {
   }
 }
 
-TEST(DrawFallbackRows, AtLeastOneRow) {
-  for (uint32_t step = 0; step < 200; ++step) {
-    const auto rows = DrawFallbackRows({.seed = 1, .step = step}, 0, 3, 0.01);
-    EXPECT_GE(std::count(rows.begin(), rows.end(), 1), 1);
-  }
+TEST(DrawFallbackRows, Empty) {
   EXPECT_EQ(DrawFallbackRows({}, 0, 4, 0.0), std::vector<uint8_t>(4, 0));
   EXPECT_TRUE(DrawFallbackRows({}, 0, 0, 0.15).empty());
 }

@@ -74,9 +74,11 @@ model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
     r.method = c.method;
     routing::FindMethod(c.method);
   }
-  if (r.method == "dense" && (!c.layout.empty() || c.target_share > 0)) {
+  if (r.method == "dense" && (!c.layout.empty() || c.target_share > 0 || c.aux_loss_coeff > 0)) {
     Fail("train.config", "{} needs a method with routers, got --method dense",
-         c.layout.empty() ? "--target-share" : "--layout");
+         !c.layout.empty()      ? "--layout"
+         : c.aux_loss_coeff > 0 ? "--aux-loss-coeff"
+                                : "--target-share");
   }
   if (r.method != "dense" && (other_method || !c.layout.empty())) {
     r.layers = routing::LayoutLayers(c.layout.empty() ? "bilayer" : c.layout, config.num_layers);
@@ -106,6 +108,9 @@ int64_t TotalSteps(const TrainConfig& c) {
 
 namespace {
 
+/// Training text on which the ratio controller makes its last move.
+constexpr int64_t kSettleTokens = 65536;
+
 /// The state and the outputs of one run.
 class Run {
  public:
@@ -123,7 +128,7 @@ class Run {
  private:
   void Prepare();
   void Resume(const std::string& checkpoint);
-  std::vector<eval::Batch> NextBatches();
+  std::vector<eval::Batch> NextBatches(int64_t num_sequences) const;
   void Log(const StepResult& step, double lr, double target_share, double seconds);
   void Validate();
   void Save();
@@ -215,9 +220,9 @@ void Run::Resume(const std::string& checkpoint) {
   status_.Print(fmt::format("resuming {} at step {}", checkpoint, state_.step));
 }
 
-std::vector<eval::Batch> Run::NextBatches() {
+std::vector<eval::Batch> Run::NextBatches(int64_t num_sequences) const {
   std::vector<eval::Batch> batches;
-  for (int64_t done = 0; done < config_.global_batch_size; done += config_.micro_batch_size) {
+  for (int64_t done = 0; done < num_sequences; done += config_.micro_batch_size) {
     std::vector<int64_t> firsts;
     for (int64_t i = 0; i < config_.micro_batch_size; ++i) {
       firsts.push_back(sampler_.Sequence(state_.next_sequence + done + i));
@@ -332,11 +337,11 @@ TrainSummary Run::Train() {
         config_.target_share > 0 ? TargetShare(config_, state_.step, total_steps_) : 0;
     StepResult step;
     try {
-      step = TrainStep(model_, *optimizer_, NextBatches(),
+      step = TrainStep(model_, *optimizer_, NextBatches(config_.global_batch_size),
                        {.lr = lr,
                         .grad_clip = config_.grad_clip,
                         .target_share = target,
-                        .controller_rate = config_.controller_rate,
+                        .controller_rate = ControllerRate(config_, state_.step, total_steps_),
                         .activation_checkpointing = config_.activation_checkpointing,
                         .seed = config_.seed,
                         .step = state_.step});
@@ -357,6 +362,10 @@ TrainSummary Run::Train() {
     summary_.loss = step.loss;
     Log(step, lr, target, seconds);
     const bool last = state_.step == total_steps_;
+    if (last && target > 0) {
+      const int64_t sequences = (kSettleTokens + config_.seq_len - 1) / config_.seq_len;
+      SettleShares(model_, NextBatches(sequences), config_.target_share);
+    }
     if (last || (config_.eval_every > 0 && state_.step % config_.eval_every == 0)) Validate();
     if (last || (config_.save_every > 0 && state_.step % config_.save_every == 0)) Save();
     if (last) break;

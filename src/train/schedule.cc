@@ -24,4 +24,8 @@ double TargetShare(const TrainConfig& c, int64_t step, int64_t total_steps) {
   return 1 + (c.target_share - 1) * static_cast<double>(step) / ramp;
 }
 
+double ControllerRate(const TrainConfig& c, int64_t step, int64_t total_steps) {
+  return std::max(c.controller_rate, LearningRate(c, step, total_steps) / c.lr);
+}
+
 }  // namespace detour::train

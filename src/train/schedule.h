@@ -15,4 +15,9 @@ double LearningRate(const TrainConfig& config, int64_t step, int64_t total_steps
 /// share_ramp of the steps.
 double TargetShare(const TrainConfig& config, int64_t step, int64_t total_steps);
 
+/// How much of the way to its batch's quantile the ratio controller goes in a step: as large as the
+/// learning rate is of its peak, at least controller_rate. Routers that move fast are followed at
+/// once; at the end the bias is a mean over the last 1/controller_rate batches.
+double ControllerRate(const TrainConfig& config, int64_t step, int64_t total_steps);
+
 }  // namespace detour::train

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <functional>
 
 #include "core/error.h"
 #include "ops/loss.h"
@@ -20,34 +21,52 @@ routing::DrawKey KeyOf(const StepOptions& options, const Batch& batch) {
   return {options.seed, static_cast<uint32_t>(options.step), batch.first_row};
 }
 
-/// The plans of all micro-batches ([micro-batch][layer]), decided together so that "no row of the
-/// batch" means the global one.
-std::vector<std::vector<Plan>> DecideTogether(const model::Model& model,
-                                              const std::vector<Batch>& batches,
-                                              const StepOptions& options) {
+/// Gives the plans of one layer for all micro-batches, from their rows x[micro-batch].
+using DecideFn = std::function<std::vector<Plan>(int32_t layer, const std::vector<at::Tensor>& x)>;
+
+/// Runs all micro-batches forward, side by side, a layer at a time. Returns the plans taken,
+/// [micro-batch][layer]. No gradients.
+std::vector<std::vector<Plan>> WalkTogether(const model::Model& model,
+                                            const std::vector<Batch>& batches,
+                                            const DecideFn& decide) {
   const at::NoGradGuard no_grad;
-  const int32_t num_layers = model.config.num_layers;
-  model::ForwardOptions forward{.mode = routing::Mode::kTrain};
   std::vector<at::Tensor> x(batches.size());
-  std::vector<std::vector<Plan>> plans(batches.size(), std::vector<Plan>(num_layers));
+  std::vector<std::vector<Plan>> plans(batches.size());
   for (size_t m = 0; m < batches.size(); ++m) x[m] = ops::Embed(model.embed, batches[m].ids_N);
-  for (int32_t l = 0; l < num_layers; ++l) {
-    int64_t num_routed = 0;
+  for (int32_t l = 0; l < model.config.num_layers; ++l) {
+    const model::LayerWeights& layer = model.layers[l];
+    std::vector<Plan> taken = decide(l, x);
     for (size_t m = 0; m < batches.size(); ++m) {
-      plans[m][l] = DecideLayer(model, l, x[m], forward);
-      num_routed += plans[m][l].NumRouted(batches[m].stream);
-    }
-    for (size_t m = 0; m < batches.size(); ++m) {
-      if (num_routed == 0) {
-        SetRows(DrawFallbackRows(KeyOf(options, batches[m]), l, x[m].size(0),
-                                 model.config.routing.fallback_share),
-                &plans[m][l]);
-      }
-      x[m] = Ffn(model, model.layers[l],
-                 Mixer(model, model.layers[l], x[m], batches[m].stream, plans[m][l], nullptr));
+      x[m] = Ffn(model, layer, Mixer(model, layer, x[m], batches[m].stream, taken[m], nullptr));
+      plans[m].push_back(std::move(taken[m]));
     }
   }
   return plans;
+}
+
+std::vector<Plan> DecideEach(const model::Model& model, int32_t layer,
+                             const std::vector<at::Tensor>& x, routing::Mode mode) {
+  std::vector<Plan> plans;
+  for (const at::Tensor& x_ND : x) plans.push_back(DecideLayer(model, layer, x_ND, {.mode = mode}));
+  return plans;
+}
+
+/// The plans of all micro-batches, decided together so that "no row of the batch" means the global
+/// one.
+std::vector<std::vector<Plan>> DecideTogether(const model::Model& model,
+                                              const std::vector<Batch>& batches,
+                                              const StepOptions& options) {
+  return WalkTogether(model, batches, [&](int32_t l, const std::vector<at::Tensor>& x) {
+    std::vector<Plan> plans = DecideEach(model, l, x, routing::Mode::kTrain);
+    int64_t num_routed = 0;
+    for (size_t m = 0; m < x.size(); ++m) num_routed += plans[m].NumRouted(batches[m].stream);
+    for (size_t m = 0; m < x.size() && num_routed == 0; ++m) {
+      SetRows(DrawFallbackRows(KeyOf(options, batches[m]), l, x[m].size(0),
+                               model.config.routing.fallback_share),
+              &plans[m]);
+    }
+    return plans;
+  });
 }
 
 /// Share of rows routed per layer, over all micro-batches.
@@ -79,17 +98,13 @@ at::Tensor AuxLoss(const std::vector<Plan>& plans, const std::vector<double>& sh
   return aux;
 }
 
-void AppendDifferences(const std::vector<Plan>& plans,
-                       std::vector<std::vector<float>>* differences) {
-  differences->resize(plans.size());
-  for (size_t l = 0; l < plans.size(); ++l) {
-    if (!plans[l].scores_N2.defined()) continue;
-    const float* p = ops::F32(plans[l].scores_N2);
-    for (int64_t n = 0; n < plans[l].scores_N2.size(0); ++n) {
-      // ln(p0/p1), finite where a probability has underflowed.
-      (*differences)[l].push_back(std::log(std::max(p[2 * n], 1e-30f)) -
-                                  std::log(std::max(p[2 * n + 1], 1e-30f)));
-    }
+/// Logit differences ln(p0/p1) of a plan's rows, finite where a probability has underflowed.
+void AppendDifferences(const Plan& plan, std::vector<float>* differences) {
+  if (!plan.scores_N2.defined()) return;
+  const float* p = ops::F32(plan.scores_N2);
+  for (int64_t n = 0; n < plan.scores_N2.size(0); ++n) {
+    differences->push_back(std::log(std::max(p[2 * n], 1e-30f)) -
+                           std::log(std::max(p[2 * n + 1], 1e-30f)));
   }
 }
 
@@ -131,7 +146,10 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
         loss = loss + aux * model.config.routing.aux_loss_coeff;
       }
     }
-    if (differences) AppendDifferences(taken, differences);
+    if (differences) {
+      differences->resize(taken.size());
+      for (size_t l = 0; l < taken.size(); ++l) AppendDifferences(taken[l], &(*differences)[l]);
+    }
     loss.backward();
   }
   return result;
@@ -159,6 +177,17 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
     }
   }
   return result;
+}
+
+void SettleShares(model::Model& model, const std::vector<Batch>& batches, double target_share) {
+  WalkTogether(model, batches, [&](int32_t l, const std::vector<at::Tensor>& x) {
+    std::vector<Plan> plans = DecideEach(model, l, x, routing::Mode::kInfer);
+    if (!model.layers[l].router) return plans;
+    std::vector<float> differences;
+    for (const Plan& plan : plans) AppendDifferences(plan, &differences);
+    model.layers[l].router->ShiftBias(routing::QuantileShift(differences, target_share));
+    return DecideEach(model, l, x, routing::Mode::kInfer);
+  });
 }
 
 }  // namespace detour::train

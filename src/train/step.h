@@ -42,4 +42,11 @@ StepResult ComputeGradients(const model::Model& model,
 StepResult TrainStep(model::Model& model, AdamW& optimizer,
                      const std::vector<eval::Batch>& micro_batches, const StepOptions& options);
 
+/// Sets every router's bias so that exactly `target_share` of the rows of `batches` attend, layer
+/// by layer and by the rule that serves (Mode::kInfer): the controller's last move of a run, on
+/// more text than a step has and with weights that no longer change. One forward pass; keeps one
+/// layer's rows of all batches in memory.
+void SettleShares(model::Model& model, const std::vector<eval::Batch>& batches,
+                  double target_share);
+
 }  // namespace detour::train
