@@ -14,7 +14,6 @@
 #include "core/threads.h"
 #include "model/config.h"
 #include "ops/torch_threads.h"
-#include "routing/controller.h"
 #include "train/step.h"
 
 namespace {
@@ -41,27 +40,17 @@ eval::Batch RandomBatch(const model::ModelConfig& config, int64_t num_sequences,
           routing::Stream::FromSegments(std::move(segments)), 0};
 }
 
-/// Sets every router's bias so that `share` of the batch's rows attend: layer by layer, since a
-/// layer changes the next one's input.
-double SetShare(model::Model& model, const eval::Batch& batch, double share) {
-  std::vector<routing::Plan> plans;
-  for (size_t pass = 0; pass < model.layers.size() + 2; ++pass) {
-    const at::NoGradGuard no_grad;
-    Forward(model, batch.ids_N, batch.stream, {.plans = &plans});
-    for (size_t l = 0; l < plans.size(); ++l) {
-      if (!model.layers[l].router) continue;
-      std::vector<float> differences;
-      const float* p = ops::F32(plans[l].scores_N2);
-      for (int64_t n = 0; n < batch.stream.num_rows(); ++n) {
-        differences.push_back(std::log(p[2 * n] / p[2 * n + 1]));
-      }
-      model.layers[l].router->ShiftBias(routing::ControllerShift(differences, share, 1.0));
-    }
-  }
+/// Share of rows that attend in routed layers.
+double MeasuredShare(const model::Model& model, const eval::Batch& batch) {
+  const at::NoGradGuard no_grad;
+  std::vector<routing::LayerPlans> plans;
   Forward(model, batch.ids_N, batch.stream, {.plans = &plans});
+  const std::vector<model::RouterId> routers = model::Routers(model.config);
   double routed = 0;
-  for (int32_t l : model.config.routing.layers) routed += plans[l].NumRouted(batch.stream);
-  return routed / (batch.stream.num_rows() * model.config.routing.layers.size());
+  for (const model::RouterId& id : routers) {
+    routed += static_cast<double>(plans[id.layer].mixer.NumRouted());
+  }
+  return routed / static_cast<double>(batch.stream.num_rows() * std::ssize(routers));
 }
 
 Candidate Make(const model::ModelConfig& config) {
@@ -83,7 +72,8 @@ int main(int argc, char** argv) {
   ops::InstallTorchThreads();
   const eval::Batch batch = RandomBatch(config, std::stoll(argv[3]), std::stoll(argv[2]));
   Candidate routed = Make(config), dense = Make(DenseTwin(config));
-  const double share = SetShare(routed.model, batch, std::stod(argv[4]));
+  train::SettleShares(routed.model, {batch}, std::stod(argv[4]));
+  const double share = MeasuredShare(routed.model, batch);
   std::vector<double> flops;
   for (Candidate* c : {&dense, &routed}) {
     GlobalOpCounter().Reset();

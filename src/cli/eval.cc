@@ -26,13 +26,19 @@ struct Options {
 
 Json ToJson(const eval::EvalResult& r) {
   Json layers = Json::array();
-  for (size_t l = 0; l < r.layers.size(); ++l) {
-    if (!r.layers[l].routed_layer) continue;
-    layers.push_back({{"layer", l},
-                      {"share", r.layers[l].share},
-                      {"entropy_bits", r.layers[l].entropy_bits},
-                      {"min_margin", r.layers[l].min_margin},
-                      {"share_by_position", r.layers[l].share_by_position}});
+  for (const eval::RouterFigures& f : r.routers) {
+    Json figures = {{"layer", f.id.layer},
+                    {"site", routing::SiteName(f.id.site)},
+                    {"share", f.share},
+                    {"entropy_bits", f.entropy_bits},
+                    {"share_by_position", f.share_by_position}};
+    if (f.experts) {
+      figures["expert_shares"] = f.expert_shares;
+    } else {
+      figures["min_margin"] = f.min_margin;
+    }
+    if (f.causal_agreement < 1) figures["causal_agreement"] = f.causal_agreement;
+    layers.push_back(std::move(figures));
   }
   return {{"tokens", r.num_tokens},
           {"sequences", r.num_sequences},
@@ -57,22 +63,30 @@ void Print(const eval::EvalResult& r) {
     columns.push_back({fmt::format("{}/{}", b + 1, eval::kPositionBuckets)});
   }
   report::TextTable table(columns);
-  bool any = false;
-  for (size_t l = 0; l < r.layers.size(); ++l) {
-    const eval::LayerRouting& layer = r.layers[l];
-    if (!layer.routed_layer) continue;
-    any = true;
-    std::vector<std::string> row = {std::to_string(l), report::FormatPercent(layer.share),
-                                    report::FormatFixed(layer.entropy_bits, 3),
-                                    fmt::format("{:.1e}", layer.min_margin)};
-    for (double share : layer.share_by_position) row.push_back(report::FormatPercent(share));
+  double agreement = 1;
+  for (const eval::RouterFigures& f : r.routers) {
+    std::vector<std::string> row = {f.id.name.substr(5), report::FormatPercent(f.share),
+                                    report::FormatFixed(f.entropy_bits, 3),
+                                    f.experts ? "" : fmt::format("{:.1e}", f.min_margin)};
+    for (double share : f.share_by_position) row.push_back(report::FormatPercent(share));
     table.AddRow(row);
+    agreement = std::min(agreement, f.causal_agreement);
   }
-  if (!any) return;
+  if (r.routers.empty()) return;
   fmt::print(
       "\nTokens that attend, by routed layer and by part of the sequence "
       "(mean over layers {}):\n{}",
       report::FormatPercent(r.share_routed), table.Render());
+  for (const eval::RouterFigures& f : r.routers) {
+    if (!f.experts) continue;
+    std::string loads;
+    for (double share : f.expert_shares) loads += "  " + report::FormatPercent(share);
+    fmt::print("experts of {}:{}\n", f.id.name, loads);
+  }
+  if (agreement < 1) {
+    fmt::print("the rule that serves agrees on {} of the tokens in the worst layer\n",
+               report::FormatPercent(agreement));
+  }
 }
 
 /// A folder for the time of one command.
@@ -151,6 +165,8 @@ void AddEvalCommand(CLI::App& app) {
       ->capture_default_str();
   AddFlag(*sub, "--document-attention,!--no-document-attention", options->eval.document_attention,
           "Attention stays inside documents");
+  sub->add_flag("--teacher-forced", options->eval.teacher_forced,
+                "Decide by the training rule, which may look ahead: shows the gap to serving");
   sub->add_flag("--json", options->json, "Print JSON");
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer("Example:\n  detour eval --model out/dtrnet/latest --data data/sotu");

@@ -93,8 +93,14 @@ void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& con
                 const std::vector<infer::RequestResult>& results) {
   double routed = 0, positions = 0;
   for (const infer::RequestResult& r : results) {
-    for (int32_t l : config.routing.layers) routed += static_cast<double>(r.routed_tokens[l]);
-    positions += static_cast<double>(r.num_positions * config.routing.layers.size());
+    for (int32_t l = 0; l < config.num_layers; ++l) {
+      if (!HasRouter(config, l, routing::Site::kLayer) &&
+          !HasRouter(config, l, routing::Site::kMixer)) {
+        continue;
+      }
+      routed += static_cast<double>(r.routed_tokens[l]);
+      positions += static_cast<double>(r.num_positions);
+    }
   }
   fmt::print(stderr,
              "prompt {} tokens in {:.2f} s; {} new tokens, {:.1f} tok/s in decode; KV cache {}{}; "

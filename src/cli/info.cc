@@ -52,8 +52,8 @@ Json ToJson(const model::ModelConfig& c, double share, const std::vector<Row>& r
                        {"kv_bytes", r.kv_bytes},
                        {"dense_kv_bytes", r.dense_kv_bytes}});
   }
-  return {{"method", c.routing.method},
-          {"routed_layers", c.routing.layers},
+  return {{"method", MethodName(c)},
+          {"routed_layers", RoutedLayers(c)},
           {"share", share},
           {"parameters", model::ParameterCount(c)},
           {"router_parameters", model::RouterParameterCount(c)},
@@ -66,7 +66,7 @@ void Print(const model::ModelConfig& c, double share, const std::vector<Row>& ro
   fmt::print(
       "method {}: {} layers, {} of them routed; hidden {}, ffn {}, heads {} / {} of width {}, "
       "vocabulary {}, {} head\n",
-      c.routing.method, c.num_layers, c.routing.layers.size(), c.hidden_size, c.intermediate_size,
+      MethodName(c), c.num_layers, RoutedLayers(c).size(), c.hidden_size, c.intermediate_size,
       c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size,
       c.tie_word_embeddings ? "tied" : "own");
   fmt::print("parameters {}, of which routers {} ({:.2f} %)\n", report::FormatCount(parameters),

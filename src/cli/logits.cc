@@ -58,23 +58,25 @@ void Logits(const Options& options) {
     std::copy(scores.logits[b].begin(), scores.logits[b].end(),
               logits.begin() + b * seq_len * vocab);
   }
-  std::vector<std::vector<float>> probs;
-  std::vector<std::vector<uint8_t>> routed;
-  for (int32_t l : model.config.routing.layers) {
-    probs.emplace_back(num_sequences * seq_len * 2);
-    routed.emplace_back(num_sequences * seq_len);
-    for (int64_t b = 0; b < num_sequences; ++b) {
-      const infer::Scores::Route& r = scores.routes[b][l];
-      std::copy(r.probs.begin(), r.probs.end(), probs.back().begin() + b * seq_len * 2);
-      std::copy(r.routed.begin(), r.routed.end(), routed.back().begin() + b * seq_len);
-    }
-  }
+  const size_t num_routers = scores.routers.size();
+  std::vector<std::vector<float>> probs(num_routers);
+  std::vector<std::vector<uint8_t>> routed(num_routers);
   std::vector<io::TensorToWrite> tensors = {
       {"logits", io::DType::kF32, {num_sequences, seq_len, vocab}, Bytes(logits)}};
-  for (size_t i = 0; i < probs.size(); ++i) {
-    const std::string prefix = fmt::format("layer{}.", model.config.routing.layers[i]);
-    tensors.push_back(
-        {prefix + "router_probs", io::DType::kF32, {num_sequences, seq_len, 2}, Bytes(probs[i])});
+  for (size_t i = 0; i < num_routers; ++i) {
+    const int64_t ways = scores.ways[i];
+    probs[i].resize(num_sequences * seq_len * ways);
+    routed[i].resize(num_sequences * seq_len);
+    for (int64_t b = 0; b < num_sequences; ++b) {
+      const infer::Scores::Route& r = scores.routes[b][i];
+      std::copy(r.probs.begin(), r.probs.end(), probs[i].begin() + b * seq_len * ways);
+      std::copy(r.routed.begin(), r.routed.end(), routed[i].begin() + b * seq_len);
+    }
+    const std::string prefix = scores.routers[i].name + ".";
+    tensors.push_back({prefix + "router_probs",
+                       io::DType::kF32,
+                       {num_sequences, seq_len, ways},
+                       Bytes(probs[i])});
     tensors.push_back(
         {prefix + "routed", io::DType::kU8, {num_sequences, seq_len}, Bytes(routed[i])});
   }

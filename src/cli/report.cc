@@ -118,8 +118,7 @@ std::vector<report::ComparisonTable::Row> Rows(const std::vector<Entry>& entries
   row("Bits per byte", "",
       [](const Entry& e) { return report::FormatFixed(e.eval.bits_per_byte, 4); });
   row("Tokens that attend", "mean over routed layers", [](const Entry& e) {
-    return e.model.config.routing.layers.empty() ? "100%"
-                                                 : report::FormatPercent(e.eval.share_routed);
+    return e.model.config.routing.empty() ? "100%" : report::FormatPercent(e.eval.share_routed);
   });
   section("Cost");
   row("Forward FLOPs per token", "counted as executed, causal, router and head in",
@@ -159,11 +158,14 @@ report::BarChart ShareChart(const std::vector<Entry>& entries) {
     chart.categories.push_back(std::to_string(l));
   }
   for (const Entry& e : entries) {
-    if (e.model.config.routing.layers.empty()) continue;
+    if (e.model.config.routing.empty()) continue;
     report::BarSeries series{.name = e.name};
-    for (const eval::LayerRouting& layer : e.eval.layers) {
-      series.values.push_back(layer.share);
-      series.muted.push_back(!layer.routed_layer);
+    series.values.assign(e.model.layers.size(), 1.0);
+    series.muted.assign(e.model.layers.size(), true);
+    for (const eval::RouterFigures& f : e.eval.routers) {
+      if (!series.muted[f.id.layer]) continue;  // the layer's first router
+      series.values[f.id.layer] = f.share;
+      series.muted[f.id.layer] = false;
     }
     chart.series.push_back(std::move(series));
   }
@@ -180,12 +182,17 @@ report::RouteMap MakeMap(const Entry& e, const data::Tokenizer& tokenizer,
   }
   const infer::Scores scores = infer::Score(e.model, {tokens}, infer::ScoreMode::kFull);
   for (size_t l = 0; l < e.model.layers.size(); ++l) {
-    const bool routed = e.model.layers[l].router != nullptr;
+    size_t r = 0;  // the layer's first gate, if it has any
+    while (r < scores.routers.size() &&
+           (scores.routers[r].layer != static_cast<int32_t>(l) || e.eval.routers[r].experts)) {
+      ++r;
+    }
+    const bool routed = r < scores.routers.size();
     map.layer_names.push_back(std::to_string(l));
     map.kinds.push_back(routed ? report::LayerKind::kRouted : report::LayerKind::kDense);
     for (size_t t = 0; t < tokens.size(); ++t) {
-      map.routed.push_back(routed ? scores.routes[0][l].routed[t] : 1);
-      map.p.push_back(routed ? scores.routes[0][l].probs[2 * t] : 1.0f);
+      map.routed.push_back(routed ? scores.routes[0][r].routed[t] : 1);
+      map.p.push_back(routed ? scores.routes[0][r].probs[2 * t] : 1.0f);
     }
   }
   return map;
@@ -223,7 +230,7 @@ std::string RenderPage(const Options& options, const std::vector<Entry>& entries
     page.Heading("Routing");
     page.Chart(chart);
     for (const Entry& e : entries) {
-      if (!e.model.config.routing.layers.empty()) page.Map(MakeMap(e, tokenizer, map_tokens));
+      if (!e.model.config.routing.empty()) page.Map(MakeMap(e, tokenizer, map_tokens));
     }
   }
   page.Heading("Samples");
@@ -274,10 +281,10 @@ void Report(const Options& options) {
   }
   fmt::print("{}", table.Render());
   for (const Entry& e : entries) {
-    if (!e.model.config.routing.layers.empty()) {
+    if (!e.model.config.routing.empty()) {
       fmt::print("\n{}: share of tokens that attend, by layer:", e.name);
-      for (int32_t l : e.model.config.routing.layers) {
-        fmt::print("  {}: {}", l, report::FormatPercent(e.eval.layers[l].share));
+      for (const eval::RouterFigures& f : e.eval.routers) {
+        fmt::print("  {}: {}", f.id.name.substr(5), report::FormatPercent(f.share));
       }
       fmt::print("\n");
     }

@@ -27,10 +27,14 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
   sub.add_option("--init-from", c.init_from, "Model directory to start from instead");
   sub.add_option("--tokenizer", c.tokenizer_dir,
                  "Tokenizer to store in checkpoints (default: the one beside the data)");
-  sub.add_option("--method", c.method, "dense or dtrnet, over the model config's");
+  sub.add_option("--method", c.method,
+                 "dense, a routing method, or several joined by +, over the model config's");
   sub.add_option("--layout", c.layout,
                  "Routed layers: bilayer, bilayer_dense_ends, trilayer, all, or 1,3,5");
-  sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the mean-probability budget")
+  sub.add_option("--routing", c.routing,
+                 "KEY=VALUE or METHOD.KEY=VALUE: an option of the method (docs/routing.md)")
+      ->allow_extra_args(false);
+  sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the method's budget")
       ->check(Number(0));
   sub.add_option(
          "--target-share", c.target_share,
@@ -124,7 +128,7 @@ void Train(const Options& options) {
     fmt::print("model: {} parameters ({} in routers), method {}\nrun: {} steps of {} tokens\n",
                report::FormatCount(static_cast<double>(model::ParameterCount(m))),
                report::FormatCount(static_cast<double>(model::RouterParameterCount(m))),
-               m.routing.method, train::TotalSteps(c), c.global_batch_size * c.seq_len);
+               MethodName(m), train::TotalSteps(c), c.global_batch_size * c.seq_len);
     return;
   }
   InstallStopHandler();

@@ -7,7 +7,6 @@
 #include <bit>
 #include <cmath>
 #include <memory>
-#include <numeric>
 
 #include "cli/commands.h"
 #include "cli/common.h"
@@ -199,7 +198,9 @@ Comparison Compare(const Scores& got, const Scores& expected) {
 void AddKernelRungs(const model::Model& model, Ladder* ladder) {
   Comparison gemm;
   const model::LayerWeights& w = model.layers.front();
-  for (const ops::Matrix* matrix : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down, &model.head}) {
+  const model::FfnWeights& ffn = w.experts.empty() ? w.ffn : w.experts.front();
+  for (const ops::Matrix* matrix :
+       {&w.q, &w.k, &w.v, &w.o, &ffn.gate, &ffn.up, &ffn.down, &model.head}) {
     gemm.Add(CompareGemm(*matrix));
   }
   ladder->Add("kernels", "Gemm = scalar reference, each SIMD target", gemm);
@@ -247,12 +248,8 @@ void AddBatchRungs(const model::Model& model, const Sequences& sequences, const 
     GlobalOpCounter().Reset();
     const Scores one = Score(model, {sequences[b]}, ScoreMode::kFull);
     executed += static_cast<double>(GlobalOpCounter().Total());
-    std::vector<int64_t> routed;
-    for (const Scores::Route& r : one.routes[0]) {
-      routed.push_back(std::accumulate(r.routed.begin(), r.routed.end(), int64_t{0}));
-    }
     formula +=
-        ForwardFlops(model.config, std::ssize(sequences[b]), routed, model::Counting::kCausal)
+        ForwardFlops(model.config, std::ssize(sequences[b]), one.rows, model::Counting::kCausal)
             .Total();
     alone.AddSequence(one, 0, full, b);
   }
@@ -301,10 +298,10 @@ void AddTruncateRung(const model::Model& model, const Sequences& sequences, cons
 
 void AddRoutingRungs(const Scores& full, Ladder* ladder) {
   double margin = 1;
-  for (const auto& layers : full.routes) {
-    for (const Scores::Route& r : layers) {
-      for (size_t i = 0; i < r.probs.size(); i += 2) {
-        margin = std::min(margin, std::abs(r.probs[i] - 0.5));
+  for (const auto& routes : full.routes) {
+    for (size_t r = 0; r < routes.size(); ++r) {
+      for (size_t i = 0; i < routes[r].probs.size() && full.ways[r] == 2; i += 2) {
+        margin = std::min(margin, std::abs(routes[r].probs[i] - 0.5));
       }
     }
   }
@@ -324,7 +321,7 @@ void Verify(const Options& options) {
   const model::Model model = model::LoadModel(options.model);
   const Sequences sequences = RandomSequences(model.config, options.tokens);
   fmt::print("{}: method {}, {} parameters; {} random tokens in {} sequences; {}, {} threads\n",
-             options.model, model.config.routing.method,
+             options.model, MethodName(model.config),
              report::FormatCount(static_cast<double>(model::ParameterCount(model.config))),
              report::FormatThousands(options.tokens), sequences.size(), kernels::SimdName(),
              NumThreads());

@@ -15,23 +15,51 @@ namespace detour::eval {
 
 namespace {
 
-struct LayerSums {
-  double routed = 0, entropy = 0, min_margin = 0.5;
+struct RouterSums {
+  double routed = 0, entropy = 0, min_margin = 0.5, agreed = 0;
   std::vector<double> routed_at = std::vector<double>(kPositionBuckets);
+  std::vector<double> choices;
 };
 
 /// Rows of a batch are whole sequences of seq_len: row % seq_len is the place in the sequence.
-void AddPlan(const routing::Plan& plan, int64_t num_rows, int64_t seq_len, LayerSums* sums) {
-  const std::vector<uint8_t> routed = RoutedFlags(plan, num_rows);
-  const float* p = ops::F32(plan.scores_N2);
+void AddPlan(const routing::OuterPlan& outer, int64_t num_rows, int64_t seq_len, RouterSums* sums) {
+  const routing::Plan& plan = *outer.plan;
+  const at::Tensor scores = plan.scores_NC.contiguous();
+  const int64_t ways = scores.size(1);
+  const float* p = ops::F32(scores);
+  for (int64_t i = 0; i < scores.numel(); ++i) {
+    if (p[i] > 0 && p[i] < 1) sums->entropy -= p[i] * std::log2(static_cast<double>(p[i]));
+  }
+  for (int64_t n = 0; n < plan.num_rows && plan.experts.empty(); ++n) {
+    sums->min_margin = std::min(sums->min_margin, std::abs(p[ways * n] - 0.5));
+  }
+  sums->choices.resize(plan.choices.size());
+  for (size_t e = 0; e < plan.choices.size(); ++e) {
+    sums->choices[e] += static_cast<double>(plan.choices[e]);
+  }
+  sums->agreed += static_cast<double>(plan.causal_agreed >= 0 ? plan.causal_agreed : plan.num_rows);
+  const std::vector<uint8_t> routed = OuterFlags(outer, num_rows);
   for (int64_t n = 0; n < num_rows; ++n) {
-    const double a = p[2 * n];
-    if (a > 0 && a < 1) sums->entropy -= a * std::log2(a) + (1 - a) * std::log2(1 - a);
-    sums->min_margin = std::min(sums->min_margin, std::abs(a - 0.5));
     if (!routed[n]) continue;
     sums->routed += 1;
     sums->routed_at[(n % seq_len) * kPositionBuckets / seq_len] += 1;
   }
+}
+
+RouterFigures Figures(const model::RouterId& id, const RouterSums& sums, double num_tokens) {
+  RouterFigures f{.id = id};
+  f.experts = !sums.choices.empty();
+  f.share = sums.routed / num_tokens;
+  f.entropy_bits = sums.entropy / num_tokens;
+  f.min_margin = sums.min_margin;
+  f.causal_agreement = sums.agreed / num_tokens;
+  for (double routed : sums.routed_at) {
+    f.share_by_position.push_back(routed * kPositionBuckets / num_tokens);
+  }
+  double all = 0;
+  for (double c : sums.choices) all += c;
+  for (double c : sums.choices) f.expert_shares.push_back(c / std::max(all, 1.0));
+  return f;
 }
 
 }  // namespace
@@ -55,7 +83,10 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
     num_sequences = std::clamp<int64_t>(options.max_tokens / seq_len, 1, num_sequences);
   }
   EvalResult result;
-  std::vector<LayerSums> sums(model.layers.size());
+  const std::vector<model::RouterId> routers = model::Routers(model.config);
+  std::vector<RouterSums> sums(routers.size());
+  const routing::Mode mode =
+      options.teacher_forced ? routing::Mode::kTeacherForced : routing::Mode::kInfer;
   std::vector<double> losses;
   for (int64_t s = 0; s < num_sequences; s += options.micro_batch_size) {
     std::vector<int64_t> firsts;
@@ -63,8 +94,8 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
       firsts.push_back(i * seq_len);
     }
     const Batch batch = MakeBatch(shards, firsts, seq_len, options.document_attention);
-    std::vector<routing::Plan> plans;
-    const at::Tensor h = Forward(model, batch.ids_N, batch.stream, {.plans = &plans});
+    std::vector<routing::LayerPlans> plans;
+    const at::Tensor h = Forward(model, batch.ids_N, batch.stream, {.mode = mode, .plans = &plans});
     at::Tensor loss_N;
     ops::LinearCrossEntropy(h, model.head, batch.targets_N, 1.0, &loss_N);
     for (size_t i = 0; i < firsts.size(); ++i) {
@@ -73,8 +104,8 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
       for (int64_t t = 0; t < seq_len; ++t) sum += loss[t];
       losses.push_back(sum / static_cast<double>(seq_len));
     }
-    for (size_t l = 0; l < plans.size(); ++l) {
-      if (model.layers[l].router) AddPlan(plans[l], h.size(0), seq_len, &sums[l]);
+    for (size_t r = 0; r < routers.size(); ++r) {
+      AddPlan(PlanOf(plans[routers[r].layer], routers[r].site), h.size(0), seq_len, &sums[r]);
     }
   }
 
@@ -89,24 +120,14 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
   result.bits_per_byte = result.loss / std::numbers::ln2 *
                          static_cast<double>(shards.num_tokens()) /
                          static_cast<double>(std::max<int64_t>(shards.text_bytes(), 1));
-  int num_routed_layers = 0;
-  const auto tokens = static_cast<double>(result.num_tokens);
-  for (size_t l = 0; l < model.layers.size(); ++l) {
-    LayerRouting r;
-    if (model.layers[l].router) {
-      r.routed_layer = true;
-      r.share = sums[l].routed / tokens;
-      r.entropy_bits = sums[l].entropy / tokens;
-      r.min_margin = sums[l].min_margin;
-      for (double routed : sums[l].routed_at) {
-        r.share_by_position.push_back(routed * kPositionBuckets / tokens);
-      }
-      result.share_routed += r.share;
-      ++num_routed_layers;
-    }
-    result.layers.push_back(std::move(r));
+  double shares = 0, gates = 0;
+  for (size_t r = 0; r < routers.size(); ++r) {
+    result.routers.push_back(Figures(routers[r], sums[r], static_cast<double>(result.num_tokens)));
+    if (result.routers.back().experts) continue;
+    shares += result.routers.back().share;
+    ++gates;
   }
-  if (num_routed_layers > 0) result.share_routed /= num_routed_layers;
+  if (gates > 0) result.share_routed = shares / gates;
   result.seconds = report::MonotonicSeconds() - start;
   return result;
 }

@@ -14,16 +14,21 @@ struct EvalOptions {
   int64_t max_tokens = 0;        ///< 0: the whole split
   int64_t micro_batch_size = 8;  ///< sequences per forward pass; changes no figure
   bool document_attention = true;
+  bool teacher_forced = false;  ///< decide by the training rule, which may look ahead
 };
 
 inline constexpr int64_t kPositionBuckets = 8;
 
-struct LayerRouting {
-  bool routed_layer = false;
-  double share = 1;                       ///< of tokens that attend
-  double entropy_bits = 0;                ///< mean entropy of (p, 1−p)
-  double min_margin = 0;                  ///< min |p − 0.5| over all tokens
+/// What one router did.
+struct RouterFigures {
+  model::RouterId id;
+  bool experts = false;
+  double share = 1;                       ///< of all tokens that took the span
+  double entropy_bits = 0;                ///< mean entropy of its probabilities
+  double min_margin = 0;                  ///< gates: min |p − 0.5| over all tokens
   std::vector<double> share_by_position;  ///< kPositionBuckets equal parts of seq_len
+  std::vector<double> expert_shares;      ///< of all choices, by expert
+  double causal_agreement = 1;            ///< of tokens on which the rule that serves agrees
 };
 
 struct EvalResult {
@@ -32,8 +37,8 @@ struct EvalResult {
   double loss_stderr = 0;  ///< of the mean, sequences as independent samples
   double perplexity = 0;
   double bits_per_byte = 0;  ///< loss over the mean bytes per token of the split
-  std::vector<LayerRouting> layers;
-  double share_routed = 0;  ///< mean share over routed layers
+  std::vector<RouterFigures> routers;
+  double share_routed = 1;  ///< mean share over all gates
   double seconds = 0;
 };
 

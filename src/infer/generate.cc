@@ -84,7 +84,7 @@ class Generator {
     const double start = report::MonotonicSeconds();
     const at::Tensor ids_N = at::tensor(ids, at::kInt);
     const routing::Stream stream = routing::Stream::FromSegments(std::move(segments));
-    std::vector<routing::Plan> plans;
+    std::vector<routing::LayerPlans> plans;
     const at::Tensor h =
         Forward(model_, ids_N, stream, {.plans = &plans, .caches = &cache_.stores()});
     CountRouted(stream, plans);
@@ -99,10 +99,18 @@ class Generator {
     if (!prefill) stats_->decode_tokens += static_cast<int64_t>(last_rows.size());
   }
 
-  void CountRouted(const routing::Stream& stream, const std::vector<routing::Plan>& plans) {
+  void CountRouted(const routing::Stream& stream, const std::vector<routing::LayerPlans>& plans) {
     for (size_t l = 0; l < plans.size(); ++l) {
-      for (const ops::RoutedSegment& s : RoutedSegments(stream, plans[l])) {
-        results_[s.sequence].routed_tokens[l] += s.end - s.begin;
+      // Rows that took part in attention: the layer let them in, and the mixer did.
+      const routing::OuterPlan mixer = PlanOf(plans[l], routing::Site::kMixer);
+      const routing::OuterPlan& outer =
+          mixer.plan->decided() ? mixer : PlanOf(plans[l], routing::Site::kLayer);
+      const std::vector<uint8_t> flags = outer.plan->decided()
+                                             ? OuterFlags(outer, stream.num_rows())
+                                             : std::vector<uint8_t>(stream.num_rows(), 1);
+      for (const routing::Segment& s : stream.segments) {
+        results_[s.sequence].routed_tokens[l] +=
+            std::count(flags.begin() + s.begin, flags.begin() + s.end, 1);
       }
     }
   }

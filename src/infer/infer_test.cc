@@ -33,7 +33,7 @@ model::ModelConfig Shape(const char* layout, int64_t num_layers) {
 }
 
 bool IsRouted(const model::ModelConfig& c, int32_t l) {
-  return std::binary_search(c.routing.layers.begin(), c.routing.layers.end(), l);
+  return HasRouter(c, l, routing::Site::kMixer);
 }
 
 /// Positions [begin, end) as a forward pass would write them; every `stride`-th attends in routed

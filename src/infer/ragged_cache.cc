@@ -125,7 +125,7 @@ int64_t LayerCache::num_entries(int32_t sequence) const {
 RaggedCache::RaggedCache(const model::ModelConfig& config) {
   for (int32_t l = 0; l < config.num_layers; ++l) {
     const bool routed =
-        std::binary_search(config.routing.layers.begin(), config.routing.layers.end(), l);
+        HasRouter(config, l, routing::Site::kLayer) || HasRouter(config, l, routing::Site::kMixer);
     layers_.push_back(std::make_unique<LayerCache>(
         kernels::KvLayout{config.num_kv_heads, config.head_dim, routed}));
     stores_.push_back(layers_.back().get());

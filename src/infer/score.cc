@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "infer/ragged_cache.h"
+#include "ops/rows.h"
 
 namespace detour::infer {
 
@@ -33,6 +34,24 @@ void CheckSequences(const model::ModelConfig& config,
   }
 }
 
+/// Appends what router `r` said of the rows of `stream`.
+void AppendRoutes(const routing::OuterPlan& outer, const routing::Stream& stream, size_t r,
+                  Scores* scores) {
+  const int64_t num_rows = stream.num_rows(), ways = scores->ways[r];
+  const std::vector<uint8_t> flags = OuterFlags(outer, num_rows);
+  at::Tensor probs = outer.plan->scores_NC;
+  if (outer.rows.defined()) {
+    probs = ops::ReplaceRows(at::zeros({num_rows, ways}), outer.rows, probs.contiguous());
+  }
+  probs = probs.contiguous();
+  const float* p = ops::F32(probs);
+  for (const routing::Segment& s : stream.segments) {
+    Scores::Route& route = scores->routes[s.sequence][r];
+    route.probs.insert(route.probs.end(), p + ways * s.begin, p + ways * s.end);
+    route.routed.insert(route.routed.end(), flags.begin() + s.begin, flags.begin() + s.end);
+  }
+}
+
 }  // namespace
 
 Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>& sequences,
@@ -44,7 +63,13 @@ Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>&
   RaggedCache cache(model.config);
   Scores scores;
   scores.logits.resize(sequences.size());
-  scores.routes.assign(sequences.size(), std::vector<Scores::Route>(model.layers.size()));
+  scores.rows.resize(model.layers.size());
+  scores.routers = model::Routers(model.config);
+  for (const model::RouterId& id : scores.routers) {
+    const int64_t experts = model.layers[id.layer].router(id.site)->num_experts();
+    scores.ways.push_back(experts > 0 ? experts : 2);
+  }
+  scores.routes.assign(sequences.size(), std::vector<Scores::Route>(scores.routers.size()));
   for (int64_t done = 0;; done += chunk) {
     std::vector<int32_t> ids;
     std::vector<routing::Segment> segments;
@@ -59,7 +84,7 @@ Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>&
     }
     if (ids.empty()) break;
     const routing::Stream stream = routing::Stream::FromSegments(std::move(segments));
-    std::vector<routing::Plan> plans;
+    std::vector<routing::LayerPlans> plans;
     const at::Tensor h =
         Forward(model, at::tensor(ids, at::kInt), stream,
                 {.plans = &plans, .caches = mode == ScoreMode::kFull ? nullptr : &cache.stores()});
@@ -69,15 +94,11 @@ Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>&
       scores.logits[s.sequence].insert(scores.logits[s.sequence].end(), row,
                                        row + (s.end - s.begin) * logits.size(1));
     }
-    for (size_t l = 0; l < plans.size(); ++l) {
-      if (!model.layers[l].router) continue;
-      const std::vector<uint8_t> flags = RoutedFlags(plans[l], stream.num_rows());
-      const float* p = ops::F32(plans[l].scores_N2);
-      for (const routing::Segment& s : stream.segments) {
-        Scores::Route& route = scores.routes[s.sequence][l];
-        route.probs.insert(route.probs.end(), p + 2 * s.begin, p + 2 * s.end);
-        route.routed.insert(route.routed.end(), flags.begin() + s.begin, flags.begin() + s.end);
-      }
+    const auto rows = RowsOf(model.config, stream, plans);
+    for (size_t l = 0; l < rows.size(); ++l) scores.rows[l].Add(rows[l]);
+    for (size_t r = 0; r < scores.routers.size(); ++r) {
+      const model::RouterId& id = scores.routers[r];
+      AppendRoutes(PlanOf(plans[id.layer], id.site), stream, r, &scores);
     }
   }
   return scores;

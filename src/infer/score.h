@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "model/cost.h"
 #include "model/model.h"
 
 namespace detour::infer {
@@ -13,12 +14,16 @@ enum class ScoreMode { kFull, kIncremental, kChunked };
 ScoreMode ParseScoreMode(const std::string& name);  ///< Error("flag.mode")
 
 struct Scores {
+  /// What one router said of one sequence; zeros for tokens that did not reach it.
   struct Route {
-    std::vector<float> probs;     ///< [T, 2]; empty on dense layers
-    std::vector<uint8_t> routed;  ///< [T]
+    std::vector<float> probs;     ///< [T, ways]
+    std::vector<uint8_t> routed;  ///< [T]: took the span
   };
+  std::vector<model::RouterId> routers;
+  std::vector<int64_t> ways;               ///< by router: 2, or the number of experts
   std::vector<std::vector<float>> logits;  ///< [sequence][T·V]
-  std::vector<std::vector<Route>> routes;  ///< [sequence][layer]
+  std::vector<std::vector<Route>> routes;  ///< [sequence][router]
+  std::vector<model::LayerRows> rows;      ///< work of each layer over all sequences; kFull only
 };
 
 /// All sequences as one ragged batch. kFull: one forward pass without a cache; kIncremental: one

@@ -1,37 +1,141 @@
-// The forward pass of one layer. It knows rows and branches, and no method's name.
+// The forward pass of one layer. It knows rows and ways, and no method's name.
 #include <ATen/ATen.h>
 
+#include <optional>
+
+#include "model/counterfactual.h"
 #include "model/model.h"
 #include "ops/attention.h"
 #include "ops/rows.h"
 
 namespace detour::model {
 
-at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
-                 const routing::Stream& stream, const routing::Plan& plan, ops::KvStore* store) {
+using routing::Bypass;
+using routing::Plan;
+using routing::Site;
+using routing::Stream;
+
+namespace {
+
+/// W_O of the attention of the plan's rows among the entries of their documents. Keys are those
+/// rows' own, or with write_all every row's. With the value bypass the other rows get W_O of their
+/// own value, and the answer has all rows, else the plan's rows.
+at::Tensor Attention(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+                     const Stream& stream, const Plan& plan, ops::KvStore* store,
+                     const ops::GatedKeys* gated) {
   const ModelConfig& c = model.config;
-  const at::Tensor h_ND = ops::RmsNorm(x_ND, layer.input_norm, c.rms_norm_eps);
-  const at::Tensor h_RD = plan.all_routed ? h_ND : ops::GatherRows(h_ND, plan.rows_R);
+  const bool all_write = plan.all_routed || plan.write_all, value = plan.bypass == Bypass::kValue;
+  const at::Tensor h_ND =
+      ops::RmsNorm(all_write || value ? x_ND : ops::GatherRows(x_ND, plan.rows_R), layer.input_norm,
+                   c.rms_norm_eps);
+  const at::Tensor h_RD =
+      plan.all_routed || !(all_write || value) ? h_ND : ops::GatherRows(h_ND, plan.rows_R);
+  const at::Tensor positions_R = RoutedPositions(stream, plan);
   const ops::MixArgs args{.rows_R = plan.rows_R,
-                          .bypass_rows = plan.bypass_rows,
-                          .positions_R = RoutedPositions(stream, plan),
-                          .segments = RoutedSegments(stream, plan),
+                          .bypass_rows = value ? plan.bypass_rows : at::Tensor(),
+                          .positions_W = all_write ? stream.positions_N : positions_R,
+                          .segments = RoutedSegments(stream, all_write ? Plan{} : plan),
                           .num_heads = c.num_heads,
                           .num_kv_heads = c.num_kv_heads,
                           .head_dim = c.head_dim,
-                          .with_positions = layer.router != nullptr,
+                          .with_positions = layer.ragged(),
                           .store = store};
   const at::Tensor& rope = model.RopeTable(stream);
-  const at::Tensor q = ops::Rope(ops::Linear(h_RD, layer.q), args.positions_R, rope, c.head_dim);
-  const at::Tensor k = ops::Rope(ops::Linear(h_RD, layer.k), args.positions_R, rope, c.head_dim);
-  const at::Tensor v = ops::Linear(h_ND, layer.v);
-  return ops::AddScaled(x_ND, ops::Linear(ops::Mix(q, k, v, args), layer.o), plan.weight_N);
+  const at::Tensor q = ops::Rope(ops::Linear(h_RD, layer.q), positions_R, rope, c.head_dim);
+  const at::Tensor k =
+      ops::Rope(ops::Linear(all_write ? h_ND : h_RD, layer.k), args.positions_W, rope, c.head_dim);
+  at::Tensor y = ops::Mix(q, k, ops::Linear(h_ND, layer.v), args);
+  if (gated) {
+    const bool join = args.bypass_rows.defined();
+    const at::Tensor y_RW = join ? ops::GatherRows(y, plan.rows_R) : y;
+    const at::Tensor counted = ops::CountKeys(y_RW, q, *gated, c.num_kv_heads, c.head_dim);
+    y = join ? ops::ReplaceRows(y, plan.rows_R, counted) : counted;
+  }
+  return ops::Linear(y, layer.o);
 }
 
-at::Tensor Ffn(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND) {
-  const at::Tensor h_ND = ops::RmsNorm(x_ND, layer.post_norm, model.config.rms_norm_eps);
-  const at::Tensor f_NF = ops::SiluMul(ops::Linear(h_ND, layer.gate), ops::Linear(h_ND, layer.up));
-  return ops::AddScaled(x_ND, ops::Linear(f_NF, layer.down), at::Tensor());
+at::Tensor SwiGlu(const at::Tensor& h_ND, const FfnWeights& w) {
+  return ops::Linear(ops::SiluMul(ops::Linear(h_ND, w.gate), ops::Linear(h_ND, w.up)), w.down);
+}
+
+/// x with f_RD, the answer for the plan's rows, added to those with their weights.
+at::Tensor AddToRows(const at::Tensor& x_ND, const Plan& plan, const at::Tensor& f_RD) {
+  if (plan.all_routed) return ops::AddScaled(x_ND, f_RD, plan.weight_N);
+  const at::Tensor weight_R =
+      plan.weight_N.defined() ? plan.weight_N.index_select(0, plan.rows_R) : at::Tensor();
+  return ops::ReplaceRows(x_ND, plan.rows_R,
+                          ops::AddScaled(ops::GatherRows(x_ND, plan.rows_R), f_RD, weight_R));
+}
+
+}  // namespace
+
+at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+                 const Stream& stream, const Plan& plan, ops::KvStore* store,
+                 const ops::GatedKeys* gated) {
+  std::optional<ops::GatedKeys> own;
+  if (plan.key_gradient) own = KeysOf(model, layer, x_ND, stream, plan);
+  const auto attention = [&](const Plan& p) {
+    return Attention(model, layer, x_ND, stream, p, store, own ? &*own : gated);
+  };
+  if (plan.soft) return AddSoftly(x_ND, plan, attention);
+  const at::Tensor f = attention(plan);
+  const at::Tensor y = plan.bypass == Bypass::kValue ? ops::AddScaled(x_ND, f, plan.weight_N)
+                                                     : AddToRows(x_ND, plan, f);
+  if (!plan.counterfactual) return y;
+  return ops::GateGradient(y, MixerDifference(model, layer, x_ND, y, stream, plan), plan.gate_N);
+}
+
+at::Tensor Ffn(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+               const Plan& plan) {
+  const auto mlp = [&](const at::Tensor& x) {
+    return SwiGlu(ops::RmsNorm(x, layer.post_norm, model.config.rms_norm_eps), layer.ffn);
+  };
+  if (plan.soft) return ops::AddScaled(x_ND, mlp(x_ND), plan.gate_N);
+  const at::Tensor x_RD = plan.all_routed ? x_ND : ops::GatherRows(x_ND, plan.rows_R);
+  const at::Tensor y = AddToRows(x_ND, plan, mlp(x_RD));
+  if (!plan.counterfactual) return y;
+  return ops::GateGradient(y, FfnDifference(model, layer, x_ND, y, plan), plan.gate_N);
+}
+
+/// The experts' answers for their rows, added to x in the experts' order, after the shared MLP's.
+at::Tensor Experts(const LayerWeights& layer, at::Tensor x_ND, const at::Tensor& h_ND,
+                   const Plan& plan) {
+  if (layer.ffn.gate.weight.defined()) {
+    x_ND = ops::AddScaled(x_ND, SwiGlu(h_ND, layer.ffn), at::Tensor());
+  }
+  for (size_t e = 0; e < plan.experts.size(); ++e) {
+    const auto& [rows, weight] = plan.experts[e];
+    if (rows.size(0) == 0) continue;
+    const at::Tensor f_RD = SwiGlu(ops::GatherRows(h_ND, rows), layer.experts[e]);
+    x_ND = ops::ReplaceRows(x_ND, rows, ops::AddScaled(ops::GatherRows(x_ND, rows), f_RD, weight));
+  }
+  return x_ND;
+}
+
+at::Tensor RunLayer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+                    const Stream& stream, const DecideFn& decide, ops::KvStore* store,
+                    routing::LayerPlans* plans) {
+  const at::Tensor none;
+  std::optional<ops::GatedKeys> gated;
+  const auto both = [&](const at::Tensor& x, const Stream& s) {
+    plans->mixer = decide(Site::kMixer, {x, none, s});
+    const at::Tensor y = Mixer(model, layer, x, s, plans->mixer, store, gated ? &*gated : nullptr);
+    const bool experts = !layer.experts.empty();
+    const at::Tensor h =
+        experts ? ops::RmsNorm(y, layer.post_norm, model.config.rms_norm_eps) : none;
+    plans->ffn = decide(Site::kFfn, {x, h, s});
+    return experts ? Experts(layer, y, h, plans->ffn) : Ffn(model, layer, y, plans->ffn);
+  };
+  const Plan& plan = plans->layer = decide(Site::kLayer, {x_ND, none, stream});
+  if (plan.all_routed && !plan.weight_N.defined() && !plan.soft) return both(x_ND, stream);
+  if (plan.soft) return ops::AddScaled(x_ND, both(x_ND, stream) - x_ND, plan.gate_N);
+  if (plan.key_gradient) gated = KeysOf(model, layer, x_ND, stream, plan);
+  const at::Tensor x_RD = plan.all_routed ? x_ND : ops::GatherRows(x_ND, plan.rows_R);
+  const at::Tensor y_RD = both(x_RD, plan.all_routed ? stream : stream.Select(plan.rows_R));
+  const at::Tensor y = plan.weight_N.defined() ? AddToRows(x_ND, plan, y_RD - x_RD)
+                                               : ops::ReplaceRows(x_ND, plan.rows_R, y_RD);
+  if (!plan.counterfactual) return y;
+  return ops::GateGradient(y, LayerDifference(model, layer, x_ND, y, stream, plan), plan.gate_N);
 }
 
 }  // namespace detour::model

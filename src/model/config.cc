@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <map>
+#include <set>
 
 #include "core/error.h"
 #include "io/atomic.h"
@@ -55,8 +57,6 @@ constexpr std::array<std::string_view, 17> kKept = {"bos_token_id",
                                                     "problem_type",
                                                     "_attn_implementation"};
 
-constexpr std::array<std::string_view, 5> kRoutingKeys = {"method", "layers", "layout",
-                                                          "aux_loss_coeff", "fallback_share"};
 constexpr std::array<std::string_view, 2> kRopeKeys = {"rope_type", "rope_theta"};
 
 void ParseRope(const Json& json, const std::string& name, ModelConfig* config) {
@@ -78,49 +78,39 @@ void ParseRope(const Json& json, const std::string& name, ModelConfig* config) {
   }
 }
 
-void ParseRouting(const Json& json, const std::string& name, ModelConfig* config) {
-  routing::RoutingConfig& r = config->routing;
-  if (HasKey(json, "routing", name)) {
-    const std::string where = name + " routing";
-    const Json& object = json.at("routing");
-    CheckKnownKeys(object, kRoutingKeys, where);
-    r.method = GetString(object, "method", where);
-    routing::FindMethod(r.method);
-    for (const char* key : {"layers", "layout", "aux_loss_coeff", "fallback_share"}) {
-      if (r.method == "dense" && HasKey(object, key, where)) {
-        Fail("config", "{}: {} is set, but method is \"dense\"", where, key);
-      }
-    }
-    if (HasKey(object, "layers", where) && HasKey(object, "layout", where)) {
-      Fail("config", "{}: expected layers or layout, got both", where);
-    }
-    if (HasKey(json, "dtrnet_layers", name)) {
+/// `routing`: an object, or a list of objects whose methods share layers. Or the public DTRNet
+/// code's `dtrnet_layers`.
+void ParseRoutings(const Json& json, const std::string& name, ModelConfig* config) {
+  if (HasKey(json, "dtrnet_layers", name)) {
+    if (HasKey(json, "routing", name)) {
       Fail("config", "{}: expected routing or dtrnet_layers, got both", name);
     }
-    if (HasKey(object, "layers", where)) {
-      for (int64_t l : GetInts(object, "layers", where, 0, config->num_layers - 1)) {
-        if (!r.layers.empty() && l <= r.layers.back()) {
-          Fail("config", "{}: layers: expected ascending layers, got {} after {}", where, l,
-               r.layers.back());
-        }
-        r.layers.push_back(static_cast<int32_t>(l));
-      }
-    } else if (r.method != "dense") {
-      r.layers = routing::LayoutLayers(GetStringOr(object, "layout", where, "bilayer"),
-                                       config->num_layers);
-    }
-    r.aux_loss_coeff = GetDoubleOr(object, "aux_loss_coeff", where, 0.0, 0.0, 1e6);
-    r.fallback_share = GetDoubleOr(object, "fallback_share", where, r.fallback_share, 0.0, 1.0);
-  } else if (HasKey(json, "dtrnet_layers", name)) {
     // The public code lists the layers that stay DENSE.
     const std::vector<int64_t> dense =
         GetInts(json, "dtrnet_layers", name, 0, config->num_layers - 1);
-    r.method = "dtrnet";
+    Json layers = Json::array();
     for (int32_t l = 0; l < config->num_layers; ++l) {
-      if (std::find(dense.begin(), dense.end(), l) == dense.end()) r.layers.push_back(l);
+      if (std::find(dense.begin(), dense.end(), l) == dense.end()) layers.push_back(l);
     }
-    r.aux_loss_coeff = GetDoubleOr(json, "aux_loss_coeff", name, 8e-4, 0.0, 1e6);
+    const Json object = {
+        {"method", "dtrnet"},
+        {"layers", layers},
+        {"aux_loss_coeff", GetDoubleOr(json, "aux_loss_coeff", name, 8e-4, 0.0, 1e6)}};
+    config->routing.push_back(routing::ParseRouting(object, name, config->num_layers));
+    return;
   }
+  if (!HasKey(json, "routing", name)) return;
+  const Json& routing = json.at("routing");
+  const Json objects = routing.is_array() ? routing : Json::array({routing});
+  if (objects.size() > 4) {
+    Fail("config", "{}: routing: expected at most 4 methods, got {}", name, objects.size());
+  }
+  for (const Json& object : objects) {
+    routing::RoutingConfig parsed =
+        routing::ParseRouting(object, name + " routing", config->num_layers);
+    if (parsed.method != "dense") config->routing.push_back(std::move(parsed));
+  }
+  CheckRouting(*config, name);
 }
 
 void RefuseUnsupported(const Json& json, const std::string& name) {
@@ -175,7 +165,7 @@ ModelConfig ParseConfig(const Json& json, const std::string& name) {
   c.tie_word_embeddings = GetBoolOr(json, "tie_word_embeddings", name, false);
   c.initializer_range = GetDoubleOr(json, "initializer_range", name, 0.02, 0.0, 10.0);
   ParseRope(json, name, &c);
-  ParseRouting(json, name, &c);
+  ParseRoutings(json, name, &c);
   for (std::string_view key : kKept) {
     if (json.contains(key)) c.extra[std::string(key)] = json.at(key);
   }
@@ -204,13 +194,82 @@ Json ConfigToJson(const ModelConfig& c) {
                {"tie_word_embeddings", c.tie_word_embeddings},
                {"initializer_range", c.initializer_range}};
   for (const auto& [key, value] : c.extra.items()) json[key] = value;
-  if (c.routing.method != "dense") {
-    json["routing"] = {{"method", c.routing.method},
-                       {"layers", c.routing.layers},
-                       {"aux_loss_coeff", c.routing.aux_loss_coeff},
-                       {"fallback_share", c.routing.fallback_share}};
+  if (c.routing.size() == 1) json["routing"] = routing::RoutingToJson(c.routing[0]);
+  for (size_t i = 0; i < c.routing.size() && c.routing.size() > 1; ++i) {
+    json["routing"].push_back(routing::RoutingToJson(c.routing[i]));
   }
   return json;
+}
+
+std::string MethodName(const ModelConfig& config) {
+  std::string name;
+  for (const routing::RoutingConfig& r : config.routing) {
+    name += (name.empty() ? "" : "+") + r.method;
+  }
+  return name.empty() ? "dense" : name;
+}
+
+std::vector<int32_t> RoutedLayers(const ModelConfig& config) {
+  std::set<int32_t> layers;
+  for (const routing::RoutingConfig& r : config.routing) {
+    layers.insert(r.layers.begin(), r.layers.end());
+  }
+  return {layers.begin(), layers.end()};
+}
+
+bool HasRouter(const ModelConfig& config, int32_t layer, routing::Site site) {
+  for (const routing::RoutingConfig& r : config.routing) {
+    const std::vector<routing::Site>& sites = routing::FindMethod(r.method).sites;
+    if (std::binary_search(r.layers.begin(), r.layers.end(), layer) &&
+        std::find(sites.begin(), sites.end(), site) != sites.end()) {
+      return true;
+    }
+  }
+  return false;
+}
+
+std::vector<RouterId> Routers(const ModelConfig& config) {
+  std::vector<RouterId> routers;
+  for (int32_t l : RoutedLayers(config)) {
+    bool first = true;
+    for (const auto site : {routing::Site::kLayer, routing::Site::kMixer, routing::Site::kFfn}) {
+      if (!HasRouter(config, l, site)) continue;
+      routers.push_back({l, site,
+                         first ? fmt::format("layer{}", l)
+                               : fmt::format("layer{}.{}", l, routing::SiteName(site))});
+      first = false;
+    }
+  }
+  return routers;
+}
+
+bool HasSharedExpert(const ModelConfig& config, int32_t layer) {
+  for (const routing::RoutingConfig& r : config.routing) {
+    if (std::binary_search(r.layers.begin(), r.layers.end(), layer) &&
+        r.options.contains("shared_expert") && r.Flag("shared_expert")) {
+      return true;
+    }
+  }
+  return false;
+}
+
+routing::Shape RouterShape(const ModelConfig& c) {
+  return {c.hidden_size, c.vocab_size, c.num_layers};
+}
+
+void CheckRouting(const ModelConfig& config, const std::string& name) {
+  std::map<std::pair<int32_t, routing::Site>, std::string> taken;
+  for (const routing::RoutingConfig& r : config.routing) {
+    for (const routing::Site site : routing::FindMethod(r.method).sites) {
+      for (const int32_t l : r.layers) {
+        const auto [it, added] = taken.emplace(std::pair(l, site), r.method);
+        if (!added) {
+          Fail("config", "{}: routing: {} and {} both decide for the {} of layer {}", name,
+               it->second, r.method, routing::SiteName(site), l);
+        }
+      }
+    }
+  }
 }
 
 ModelConfig DenseTwin(const ModelConfig& config) {

@@ -21,9 +21,30 @@ struct ModelConfig {
   double initializer_range = 0.02;
   /// Attention stays inside documents (packed training batches); off: inside sequences.
   bool document_attention = true;
-  routing::RoutingConfig routing;
+  std::vector<routing::RoutingConfig> routing;  ///< empty: dense
   Json extra = Json::object();  ///< keys kept for writing back (bos_token_id, eos_token_id, …)
 };
+
+/// "dense", or the methods' names joined with "+".
+std::string MethodName(const ModelConfig& config);
+/// Layers with at least one router, ascending.
+std::vector<int32_t> RoutedLayers(const ModelConfig& config);
+/// A router of a model. Its name is "layerN" if it is the layer's first, else "layerN.SITE".
+struct RouterId {
+  int32_t layer;
+  routing::Site site;
+  std::string name;
+};
+/// All routers, by layer, then site.
+std::vector<RouterId> Routers(const ModelConfig& config);
+/// Whether a router of layer `layer` governs `site`.
+bool HasRouter(const ModelConfig& config, int32_t layer, routing::Site site);
+/// Whether layer `layer` has an MLP that every row takes beside its experts.
+bool HasSharedExpert(const ModelConfig& config, int32_t layer);
+routing::Shape RouterShape(const ModelConfig& config);
+/// Checks that no two routers of a layer govern the same span, and that methods fit one another.
+/// Error("config") otherwise.
+void CheckRouting(const ModelConfig& config, const std::string& name);
 
 /// Reads a Llama config with ours (`routing`) or the public DTRNet code's (`dtrnet_layers`: the
 /// DENSE layers) extension. Old and new key names (rope_theta / rope_parameters, torch_dtype /

@@ -39,9 +39,9 @@ TEST(Config, RoundTrip) {
   EXPECT_EQ(a.max_position_embeddings, 777);
   EXPECT_EQ(a.rope_theta, 123456.5);
   EXPECT_TRUE(a.tie_word_embeddings);
-  EXPECT_EQ(a.routing.layers, (Layers{0, 3}));
-  EXPECT_EQ(a.routing.aux_loss_coeff, 2e-4);
-  EXPECT_EQ(a.routing.fallback_share, 0.2);
+  EXPECT_EQ(a.routing.at(0).layers, (Layers{0, 3}));
+  EXPECT_EQ(a.routing.at(0).Number("aux_loss_coeff"), 2e-4);
+  EXPECT_EQ(a.routing.at(0).Number("fallback_share"), 0.2);
   const Json written = ConfigToJson(a);
   EXPECT_EQ(written.at("eos_token_id"), json.at("eos_token_id"));
   EXPECT_EQ(written.at("dtype"), "bfloat16");
@@ -55,8 +55,8 @@ TEST(Config, DefaultsOfMissingKeys) {
   EXPECT_EQ(c.head_dim, 16);
   EXPECT_EQ(c.rope_theta, 10000.0);
   EXPECT_FALSE(c.tie_word_embeddings);
-  EXPECT_EQ(c.routing.method, "dense");
-  EXPECT_TRUE(c.routing.layers.empty());
+  EXPECT_TRUE(c.routing.empty());
+  EXPECT_EQ(MethodName(c), "dense");
   EXPECT_FALSE(ConfigToJson(c).contains("routing"));
   Json no_kv_heads = Base();
   no_kv_heads.erase("num_key_value_heads");
@@ -78,21 +78,21 @@ TEST(Config, OldAndNewRopeKeys) {
 
 TEST(Config, DtrnetLayersNamesTheDenseOnes) {
   const ModelConfig c = Parse(With("dtrnet_layers", {0, 2}));
-  EXPECT_EQ(c.routing.method, "dtrnet");
-  EXPECT_EQ(c.routing.layers, (Layers{1, 3}));
-  EXPECT_EQ(Parse(With("dtrnet_layers", Json::array())).routing.layers, (Layers{0, 1, 2, 3}));
+  EXPECT_EQ(MethodName(c), "dtrnet");
+  EXPECT_EQ(RoutedLayers(c), (Layers{1, 3}));
+  EXPECT_EQ(RoutedLayers(Parse(With("dtrnet_layers", Json::array()))), (Layers{0, 1, 2, 3}));
 }
 
 TEST(Config, Layouts) {
-  EXPECT_EQ(Parse(With("routing", {{"method", "dtrnet"}})).routing.layers, (Layers{1, 3}));
-  EXPECT_EQ(Parse(With("routing", {{"method", "dtrnet"}, {"layout", "all"}})).routing.layers,
+  EXPECT_EQ(RoutedLayers(Parse(With("routing", {{"method", "dtrnet"}}))), (Layers{1, 3}));
+  EXPECT_EQ(RoutedLayers(Parse(With("routing", {{"method", "dtrnet"}, {"layout", "all"}}))),
             (Layers{0, 1, 2, 3}));
-  EXPECT_TRUE(Parse(With("routing", {{"method", "dense"}})).routing.layers.empty());
+  EXPECT_TRUE(Parse(With("routing", {{"method", "dense"}})).routing.empty());
 }
 
 TEST(Config, DenseTwinHasNoRouting) {
   const ModelConfig twin = DenseTwin(Parse(With("routing", {{"method", "dtrnet"}})));
-  EXPECT_EQ(twin.routing.method, "dense");
+  EXPECT_TRUE(twin.routing.empty());
   EXPECT_EQ(ConfigToJson(twin), ConfigToJson(Parse(Base())));
 }
 
@@ -160,6 +160,35 @@ TEST(Config, RoutingErrors) {
   Json both = With("routing", {{"method", "dtrnet"}});
   both["dtrnet_layers"] = {0, 2};
   EXPECT_THROW(Parse(both), Error);
+}
+
+TEST(Config, EveryFaultOfARoutingObjectIsNamed) {
+  try {
+    Parse(With("routing", {{"method", "dtrnet"},
+                           {"layout", "spiral"},
+                           {"estimator", "guess"},
+                           {"temperature", -1},
+                           {"reserved", 1.5},
+                           {"gap", 3}}));
+    FAIL();
+  } catch (const Error& error) {
+    for (const char* word : {"spiral", "prob_gate, ste, gumbel_ste, soft", "0.001 to 1000",
+                             "reserved: expected an integer", "gap: unknown key"}) {
+      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << word << error.what();
+    }
+  }
+}
+
+TEST(Config, TwoMethods) {
+  const Json two = {{{"method", "dtrnet"}, {"layers", {1}}},
+                    {{"method", "dtrnet"}, {"layers", {2}}}};
+  const ModelConfig c = Parse(With("routing", two));
+  EXPECT_EQ(RoutedLayers(c), (Layers{1, 2}));
+  EXPECT_EQ(MethodName(c), "dtrnet+dtrnet");
+  EXPECT_EQ(ConfigToJson(Parse(ConfigToJson(c))), ConfigToJson(c));
+  EXPECT_THROW(Parse(With("routing", {{{"method", "dtrnet"}, {"layers", {1, 2}}},
+                                      {{"method", "dtrnet"}, {"layers", {2}}}})),
+               Error);
 }
 
 }  // namespace

@@ -1,75 +1,168 @@
 #include "model/cost.h"
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "routing/registry.h"
 
 namespace detour::model {
 
+using routing::Site;
+
 namespace {
 
-/// Cost of one router, from a router of this shape on no memory to speak of.
-struct RouterCost {
-  int64_t flops_per_row = 0, parameters = 0;
+/// What the routers of one layer are, by site; null where there is none.
+struct LayerRouters {
+  std::unique_ptr<routing::Router> at[3];
+  bool value_bypass = false, write_all = false;
+  int64_t experts_per_row = 0;
+
+  LayerRouters(const ModelConfig& c, int32_t l) {
+    for (const routing::RoutingConfig& r : c.routing) {
+      if (!std::binary_search(r.layers.begin(), r.layers.end(), l)) continue;
+      for (auto& router : routing::FindMethod(r.method).make(r, RouterShape(c), l)) {
+        if (router->site() == Site::kMixer) {
+          value_bypass = r.Text("bypass") == "value";
+          write_all = r.Text("kv") == "all";
+        }
+        if (router->num_experts() > 0) experts_per_row = r.Int("top_k");
+        const auto site = static_cast<size_t>(router->site());
+        at[site] = std::move(router);
+      }
+    }
+  }
+  const routing::Router* operator[](Site site) const { return at[static_cast<size_t>(site)].get(); }
+  int64_t FlopsPerRow(Site site) const { return (*this)[site] ? (*this)[site]->FlopsPerRow() : 0; }
 };
 
-RouterCost CostOfRouter(const ModelConfig& c) {
-  if (c.routing.layers.empty()) return {};
-  const auto router = routing::FindMethod(c.routing.method)
-                          .make(c.routing, c.hidden_size, c.routing.layers.front());
-  return {router->FlopsPerRow(), router->NumParameters()};
-}
-
-bool IsRouted(const ModelConfig& c, int32_t l) {
-  return std::binary_search(c.routing.layers.begin(), c.routing.layers.end(), l);
+double RowsIn(const routing::Plan& plan, double num_rows) {
+  return plan.decided() ? static_cast<double>(plan.NumRouted()) : num_rows;
 }
 
 }  // namespace
 
 int64_t RouterParameterCount(const ModelConfig& c) {
-  return static_cast<int64_t>(c.routing.layers.size()) * CostOfRouter(c).parameters;
+  int64_t count = 0;
+  for (int32_t l : RoutedLayers(c)) {
+    for (const auto& router : LayerRouters(c, l).at) {
+      if (router) count += router->NumParameters();
+    }
+  }
+  return count;
 }
 
 int64_t ParameterCount(const ModelConfig& c) {
   const int64_t d = c.hidden_size;
   const int64_t attention = 2 * d * (c.num_heads + c.num_kv_heads) * c.head_dim;
-  const int64_t layer = attention + 3 * d * c.intermediate_size + 2 * d;
+  int64_t mlps = 0;
+  for (int32_t l = 0; l < c.num_layers; ++l) {
+    const LayerRouters routers(c, l);
+    const int64_t experts = routers[Site::kFfn] ? routers[Site::kFfn]->num_experts() : 0;
+    mlps += experts + (experts == 0 || HasSharedExpert(c, l));
+  }
   const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * d;
-  return embeddings + c.num_layers * layer + d + RouterParameterCount(c);
+  return embeddings + c.num_layers * (attention + 2 * d) + mlps * 3 * d * c.intermediate_size + d +
+         RouterParameterCount(c);
 }
 
-Flops ForwardFlops(const ModelConfig& c, int64_t num_tokens,
-                   const std::vector<int64_t>& routed_tokens, Counting counting) {
+void LayerRows::Add(const LayerRows& other) {
+  entered += other.entered;
+  attended += other.attended;
+  visited += other.visited;
+  fed += other.fed;
+}
+
+std::vector<LayerRows> RowsOf(const ModelConfig& c, const routing::Stream& stream,
+                              const std::vector<routing::LayerPlans>& plans) {
+  std::vector<LayerRows> rows;
+  for (int32_t l = 0; l < c.num_layers; ++l) {
+    const auto& [layer, mixer, ffn] = plans[l];
+    const routing::Stream entered =
+        layer.decided() && !layer.all_routed ? stream.Select(layer.rows_R) : stream;
+    LayerRows r;
+    r.entered = static_cast<double>(entered.num_rows());
+    r.attended = RowsIn(mixer, r.entered);
+    r.fed = RowsIn(ffn, r.entered);
+    if (!ffn.experts.empty()) r.fed = 0;
+    for (const routing::ExpertRows& e : ffn.experts) r.fed += static_cast<double>(e.rows.size(0));
+    if (mixer.write_all && !mixer.all_routed) {
+      const at::Tensor all = at::arange(entered.num_rows(), at::kInt);
+      for (const ops::Prefix& p : Prefixes(entered, mixer.rows_R, all)) {
+        r.visited += static_cast<double>(p.end - p.begin);
+      }
+    } else {
+      for (const ops::RoutedSegment& s : RoutedSegments(entered, mixer)) {
+        const auto n = static_cast<double>(s.end - s.begin);
+        r.visited += n * (n + 1) / 2;
+      }
+    }
+    rows.push_back(r);
+  }
+  return rows;
+}
+
+std::vector<LayerRows> RowsAtShare(const ModelConfig& c, int64_t num_tokens, double share) {
+  std::vector<LayerRows> rows;
+  for (int32_t l = 0; l < c.num_layers; ++l) {
+    const LayerRouters routers(c, l);
+    const auto within = [&](Site site, double n) {
+      return routers[site] ? static_cast<double>(std::llround(share * n)) : n;
+    };
+    LayerRows r;
+    r.entered = within(Site::kLayer, static_cast<double>(num_tokens));
+    r.attended = within(Site::kMixer, r.entered);
+    // With every key written, rows spread evenly see half of them on average.
+    r.visited = r.attended * ((routers.write_all ? r.entered : r.attended) + 1) / 2;
+    r.fed = routers.experts_per_row > 0 ? r.entered * static_cast<double>(routers.experts_per_row)
+                                        : within(Site::kFfn, r.entered);
+    rows.push_back(r);
+  }
+  return rows;
+}
+
+Flops ForwardFlops(const ModelConfig& c, int64_t num_tokens, const std::vector<LayerRows>& rows,
+                   Counting counting) {
   const double d = c.hidden_size, n = num_tokens;
   const double q_width = c.num_heads * c.head_dim, kv_width = c.num_kv_heads * c.head_dim;
-  const RouterCost router = CostOfRouter(c);
   Flops f;
   for (int32_t l = 0; l < c.num_layers; ++l) {
-    const bool routed = IsRouted(c, l);
-    const double r = routed ? routed_tokens[l] : n;
-    // V and O serve both branches; Q and K only rows that attend.
-    f.projections += 2 * d * (n * (kv_width + q_width) + r * (q_width + kv_width));
-    f.scores += 4 * q_width * (counting == Counting::kCausal ? r * (r + 1) / 2 : r * r);
-    f.mlp += 6 * d * c.intermediate_size * n;
-    if (routed) f.router += router.flops_per_row * n;
+    const LayerRouters routers(c, l);
+    const double in = rows[l].entered, r = rows[l].attended, fed = rows[l].fed;
+    const double written = routers.write_all ? in : r;
+    // V and O serve both ways if the bypass is the value; Q only rows that attend.
+    const double v = routers.value_bypass ? in : written, o = routers.value_bypass ? in : r;
+    f.projections += 2 * d * (r * q_width + written * kv_width + v * kv_width + o * q_width);
+    f.scores += 4 * q_width * (counting == Counting::kCausal ? rows[l].visited : r * written);
+    const double shared = routers.experts_per_row > 0 && HasSharedExpert(c, l) ? in : 0;
+    f.mlp += 6 * d * c.intermediate_size * (fed + shared);
+    f.router +=
+        static_cast<double>(routers.FlopsPerRow(Site::kLayer)) * n +
+        static_cast<double>(routers.FlopsPerRow(Site::kMixer) + routers.FlopsPerRow(Site::kFfn)) *
+            in;
   }
   f.head = 2 * d * c.vocab_size * n;
   return f;
 }
 
 Flops ForwardFlops(const ModelConfig& c, int64_t num_tokens, double share, Counting counting) {
-  return ForwardFlops(
-      c, num_tokens,
-      std::vector<int64_t>(c.num_layers, std::llround(share * static_cast<double>(num_tokens))),
-      counting);
+  return ForwardFlops(c, num_tokens, RowsAtShare(c, num_tokens, share), counting);
 }
 
 double KvBytes(const ModelConfig& c, int64_t num_tokens, double share) {
   const double entry = 2.0 * c.num_kv_heads * c.head_dim * 4;
-  const double routed_layers = static_cast<double>(c.routing.layers.size());
-  const double n = static_cast<double>(num_tokens);
-  return n * ((c.num_layers - routed_layers) * entry + routed_layers * share * (entry + 4));
+  double bytes = 0;
+  for (int32_t l = 0; l < c.num_layers; ++l) {
+    const LayerRouters routers(c, l);
+    double entries = static_cast<double>(num_tokens);
+    if (routers[Site::kLayer]) entries *= share;
+    if (routers[Site::kMixer] && !routers.write_all) entries *= share;
+    const bool ragged = routers[Site::kLayer] || routers[Site::kMixer];
+    bytes += entries * (entry + (ragged ? 4 : 0));
+  }
+  return bytes;
 }
 
 }  // namespace detour::model

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "routing/plan.h"
 
 namespace detour::model {
 
@@ -27,15 +28,28 @@ struct Flops {
 /// rows (as papers do).
 enum class Counting { kCausal, kFull };
 
-/// FLOPs of a forward pass over T tokens when each routed layer l routes routed_tokens[l] of them
-/// (dense layers: ignored).
+/// Rows of one layer that do its work.
+struct LayerRows {
+  double entered = 0;   ///< that the layer let in
+  double attended = 0;  ///< of those, that query
+  double visited = 0;   ///< keys that these see, together
+  double fed = 0;       ///< rows that take the MLP; of all experts together, if it has any
+
+  void Add(const LayerRows& other);
+};
+/// What the plans of a forward pass without a cache did.
+std::vector<LayerRows> RowsOf(const ModelConfig& config, const routing::Stream& stream,
+                              const std::vector<routing::LayerPlans>& plans);
+/// Every gate lets the same share in (rounded); every token goes to as many experts as it may.
+std::vector<LayerRows> RowsAtShare(const ModelConfig& config, int64_t num_tokens, double share);
+
+/// FLOPs of a serving forward pass over T tokens.
 Flops ForwardFlops(const ModelConfig& config, int64_t num_tokens,
-                   const std::vector<int64_t>& routed_tokens, Counting counting);
-/// The same share in every routed layer.
+                   const std::vector<LayerRows>& rows, Counting counting);
 Flops ForwardFlops(const ModelConfig& config, int64_t num_tokens, double share, Counting counting);
 
-/// Σ_l entries_l · (2·G·K·4 bytes, + 4 bytes position on routed layers), for `num_tokens` cached
-/// tokens; entries of a routed layer = share · tokens. Without page rounding.
+/// Σ_l entries_l · (2·G·K·4 bytes, + 4 bytes position where rows may be missing), for `num_tokens`
+/// cached tokens; a gate lets `share` of them in. Without page rounding.
 double KvBytes(const ModelConfig& config, int64_t num_tokens, double share);
 
 }  // namespace detour::model

@@ -24,22 +24,21 @@ at::Tensor RandomIds(const ModelConfig& config, int64_t num_tokens) {
 
 /// Runs one sequence, its plans given or decided, and holds what was executed against the formula.
 void ExpectCountedEqualsFormula(const Model& model, int64_t num_tokens,
-                                const std::vector<routing::Plan>* replay) {
+                                const std::vector<routing::LayerPlans>* replay) {
   const at::NoGradGuard no_grad;
   const auto stream = routing::Stream::FromSegments({{0, 0, num_tokens, 0}});
-  std::vector<routing::Plan> plans;
+  std::vector<routing::LayerPlans> plans;
   OpCounter& counter = GlobalOpCounter();
   counter.Reset();
   Logits(model, Forward(model, RandomIds(model.config, num_tokens), stream,
                         {.replay = replay, .plans = &plans}));
-  std::vector<int64_t> routed;
-  for (const routing::Plan& plan : plans) routed.push_back(plan.NumRouted(stream));
-  const Flops f = ForwardFlops(model.config, num_tokens, routed, Counting::kCausal);
+  const std::vector<LayerRows> rows = RowsOf(model.config, stream, plans);
+  const Flops f = ForwardFlops(model.config, num_tokens, rows, Counting::kCausal);
   EXPECT_EQ(static_cast<double>(counter.attention_flops), f.scores);
   EXPECT_EQ(static_cast<double>(counter.gemm_flops), f.projections + f.mlp + f.router + f.head);
-  int64_t visited = 0;
-  for (int64_t r : routed) visited += r * (r + 1) / 2;
-  EXPECT_EQ(counter.visited_keys, visited);
+  double visited = 0;
+  for (const LayerRows& r : rows) visited += r.visited;
+  EXPECT_EQ(static_cast<double>(counter.visited_keys), visited);
 }
 
 class GoldenCost : public testing::TestWithParam<const char*> {};
@@ -81,12 +80,12 @@ TEST(Cost, KnownPlans) {
     EXPECT_EQ(RouterParameterCount(model.config), CountParameters(model, true));
     const int64_t n = 90;
     const Rng rng(22, RngPurpose::kTest);
-    std::vector<routing::Plan> plans(model.layers.size());
+    std::vector<routing::LayerPlans> plans(model.layers.size());
     // Layer 0 some rows, layer 2 none, layer 3 all.
     for (const auto& [l, share] : {std::pair{0, 0.3}, {2, 0.0}, {3, 1.0}}) {
       std::vector<uint8_t> flags(n);
       for (int64_t t = 0; t < n; ++t) flags[t] = rng.Uniform(t) < share;
-      SetRows(flags, &plans[l]);
+      SetRows(flags, &plans[l].mixer);
     }
     ExpectCountedEqualsFormula(model, n, &plans);
   }

@@ -18,16 +18,19 @@
 namespace detour::model {
 
 const at::Tensor& Model::RopeTable(const routing::Stream& stream) const {
-  int64_t needed = 1;
-  for (const routing::Segment& s : stream.segments) {
-    needed = std::max(needed, s.first_position + s.end - s.begin);
-  }
+  const int64_t needed = std::max<int64_t>(stream.num_positions, 1);
   if (!rope_table_.defined() || rope_table_.size(0) < needed) {
     int64_t size = 256;
     while (size < needed) size *= 2;
     rope_table_ = ops::MakeRopeTable(size, config.head_dim, config.rope_theta);
   }
   return rope_table_;
+}
+
+void ForEachRouterTensor(LayerWeights& layer, const routing::TensorVisitor& visit) {
+  for (const auto& router : layer.routers) {
+    if (router) router->ForEachTensor(visit);
+  }
 }
 
 void ForEachTensor(Model& model, const routing::TensorVisitor& visit) {
@@ -41,12 +44,18 @@ void ForEachTensor(Model& model, const routing::TensorVisitor& visit) {
     visit(prefix + "self_attn.v_proj.weight", w.v.weight);
     visit(prefix + "self_attn.o_proj.weight", w.o.weight);
     visit(prefix + "post_attention_layernorm.weight", w.post_norm);
-    visit(prefix + "mlp.gate_proj.weight", w.gate.weight);
-    visit(prefix + "mlp.up_proj.weight", w.up.weight);
-    visit(prefix + "mlp.down_proj.weight", w.down.weight);
-    if (w.router) {
-      w.router->ForEachTensor(
-          [&](const std::string& name, at::Tensor& t) { visit(prefix + name, t); });
+    if (w.ffn.gate.weight.defined()) {
+      visit(prefix + "mlp.gate_proj.weight", w.ffn.gate.weight);
+      visit(prefix + "mlp.up_proj.weight", w.ffn.up.weight);
+      visit(prefix + "mlp.down_proj.weight", w.ffn.down.weight);
+    }
+    ForEachRouterTensor(w,
+                        [&](const std::string& name, at::Tensor& t) { visit(prefix + name, t); });
+    for (size_t e = 0; e < w.experts.size(); ++e) {
+      const std::string expert = fmt::format("{}block_sparse_moe.experts.{}.", prefix, e);
+      visit(expert + "w1.weight", w.experts[e].gate.weight);
+      visit(expert + "w2.weight", w.experts[e].down.weight);
+      visit(expert + "w3.weight", w.experts[e].up.weight);
     }
   }
   visit("model.norm.weight", model.norm);
@@ -56,6 +65,29 @@ void ForEachTensor(Model& model, const routing::TensorVisitor& visit) {
     visit("lm_head.weight", model.head.weight);
   }
 }
+
+namespace {
+
+FfnWeights AllocateFfn(const ModelConfig& c) {
+  FfnWeights w;
+  w.gate.weight = at::zeros({c.intermediate_size, c.hidden_size});
+  w.up.weight = at::zeros({c.intermediate_size, c.hidden_size});
+  w.down.weight = at::zeros({c.hidden_size, c.intermediate_size});
+  return w;
+}
+
+/// Routers of every method that has this layer; room for their experts.
+void AddRouters(const ModelConfig& c, int32_t l, LayerWeights* w) {
+  for (const routing::RoutingConfig& r : c.routing) {
+    if (!std::binary_search(r.layers.begin(), r.layers.end(), l)) continue;
+    for (auto& router : routing::FindMethod(r.method).make(r, RouterShape(c), l)) {
+      w->experts.resize(router->num_experts());
+      w->routers[static_cast<size_t>(router->site())] = std::move(router);
+    }
+  }
+}
+
+}  // namespace
 
 Model AllocateModel(const ModelConfig& c) {
   const double bytes = 4.0 * ParameterCount(c);
@@ -78,14 +110,10 @@ Model AllocateModel(const ModelConfig& c) {
     w.k.weight = at::zeros({kv_width, c.hidden_size});
     w.v.weight = at::zeros({kv_width, c.hidden_size});
     w.o.weight = at::zeros({c.hidden_size, q_width});
-    w.gate.weight = at::zeros({c.intermediate_size, c.hidden_size});
-    w.up.weight = at::zeros({c.intermediate_size, c.hidden_size});
-    w.down.weight = at::zeros({c.hidden_size, c.intermediate_size});
+    AddRouters(c, l, &w);
+    for (FfnWeights& expert : w.experts) expert = AllocateFfn(c);
+    if (w.experts.empty() || HasSharedExpert(c, l)) w.ffn = AllocateFfn(c);
     m.layers.push_back(std::move(w));
-  }
-  const routing::Method& method = routing::FindMethod(c.routing.method);
-  for (int32_t l : c.routing.layers) {
-    m.layers[l].router = method.make(c.routing, c.hidden_size, l);
   }
   return m;
 }
@@ -108,13 +136,21 @@ void InitializeWeights(Model& model, uint64_t seed) {
       for (int64_t i = begin; i < end; ++i) data[i] = static_cast<float>(sigma * rng.Normal(i));
     });
   });
+  for (LayerWeights& layer : model.layers) {
+    for (const auto& router : layer.routers) {
+      if (router) router->Initialize();
+    }
+  }
 }
 
 int64_t CountParameters(Model& model, bool routers_only) {
   int64_t count = 0;
-  ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
-    if (!routers_only || name.find(".router.") != std::string::npos) count += t.numel();
-  });
+  const auto add = [&](const std::string&, at::Tensor& t) { count += t.numel(); };
+  if (!routers_only) {
+    ForEachTensor(model, add);
+  } else {
+    for (LayerWeights& layer : model.layers) ForEachRouterTensor(layer, add);
+  }
   return count;
 }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -15,11 +16,23 @@
 
 namespace detour::model {
 
+struct FfnWeights {
+  ops::Matrix gate, up, down;  ///< [F, D], [F, D], [D, F]; without weights where there is none
+};
+
 struct LayerWeights {
-  at::Tensor input_norm, post_norm;         ///< [D]
-  ops::Matrix q, k, v, o;                   ///< [H·K, D], [G·K, D], [G·K, D], [D, H·K]
-  ops::Matrix gate, up, down;               ///< [F, D], [F, D], [D, F]
-  std::unique_ptr<routing::Router> router;  ///< null in dense layers
+  at::Tensor input_norm, post_norm;  ///< [D]
+  ops::Matrix q, k, v, o;            ///< [H·K, D], [G·K, D], [G·K, D], [D, H·K]
+  FfnWeights ffn;                    ///< the MLP; beside experts, the one that every row takes
+  std::vector<FfnWeights> experts;   ///< empty: no experts
+  std::array<std::unique_ptr<routing::Router>, 3> routers;  ///< by Site; null where nobody decides
+
+  routing::Router* router(routing::Site site) const {
+    return routers[static_cast<size_t>(site)].get();
+  }
+  bool routed() const { return routers[0] || routers[1] || routers[2]; }
+  /// Whether rows may write no keys and values, so that entries carry their positions.
+  bool ragged() const { return router(routing::Site::kLayer) || router(routing::Site::kMixer); }
 };
 
 struct Model {
@@ -40,11 +53,13 @@ struct Model {
 /// layers in order. A tied head is not visited. Load, save, parameter groups and counting all go
 /// through here.
 void ForEachTensor(Model& model, const routing::TensorVisitor& visit);
+/// The weights of one layer's routers only; names relative to "model.layers.N.".
+void ForEachRouterTensor(LayerWeights& layer, const routing::TensorVisitor& visit);
 
 /// Weights allocated as zeros.
 Model AllocateModel(const ModelConfig& config);
-/// Matrices N(0, initializer_range), norms 1, biases 0; each tensor from (seed, its name): a DTRNet
-/// and its dense twin share every weight they have in common.
+/// Matrices N(0, initializer_range), norms 1, biases 0; each tensor from (seed, its name): a routed
+/// model and its dense twin share every weight they have in common.
 void InitializeWeights(Model& model, uint64_t seed);
 int64_t CountParameters(Model& model, bool routers_only = false);
 
@@ -56,22 +71,37 @@ void SaveModel(Model& model, const std::string& dir);
 
 struct ForwardOptions {
   routing::Mode mode = routing::Mode::kInfer;
-  routing::DrawKey draw;  ///< for the training fallback
-  bool fallback = false;  ///< a layer that routes no row of this call draws rows
-  const std::vector<routing::Plan>* replay = nullptr;  ///< one per layer: use these rows
-  std::vector<routing::Plan>* plans = nullptr;         ///< receives one per layer
-  const std::vector<ops::KvStore*>* caches = nullptr;  ///< one per layer
-  bool checkpoint = false;                             ///< recompute layers in the backward pass
+  routing::DrawKey draw;  ///< for everything random in training
+  routing::Knobs knobs;
+  const std::vector<routing::LayerPlans>* replay = nullptr;  ///< one per layer: use these rows
+  std::vector<routing::LayerPlans>* plans = nullptr;         ///< receives one per layer
+  const std::vector<ops::KvStore*>* caches = nullptr;        ///< one per layer
+  bool checkpoint = false;  ///< recompute layers in the backward pass
+  /// May move a router's bias between its decision and the layer's work; true: decide again.
+  std::function<bool(int32_t layer, routing::Router&, const routing::Plan&)> adjust;
 };
 
-/// One layer: attend or bypass, then the MLP. (block.cc)
-at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
-                 const routing::Stream& stream, const routing::Plan& plan, ops::KvStore* store);
-at::Tensor Ffn(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND);
+/// Asks the router of a site. Rows of `taps` are the span's.
+using DecideFn = std::function<routing::Plan(routing::Site, const routing::Taps& taps)>;
 
-/// The plan of layer `l` for its input. (stack.cc)
-routing::Plan DecideLayer(const Model& model, int32_t l, const at::Tensor& x_ND,
-                          const ForwardOptions& options);
+/// One layer: every span first asks for its plan, then does its work on the rows that take it.
+/// (block.cc)
+at::Tensor RunLayer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+                    const routing::Stream& stream, const DecideFn& decide, ops::KvStore* store,
+                    routing::LayerPlans* plans);
+
+/// Attention of a layer, added to x, for the rows that the plan names. `gated`: gates that decided
+/// which keys there are, and whose gradient counts that. (block.cc)
+at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+                 const routing::Stream& stream, const routing::Plan& plan, ops::KvStore* store,
+                 const ops::GatedKeys* gated = nullptr);
+/// The MLP, added to x, for the rows that the plan names. (block.cc)
+at::Tensor Ffn(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+               const routing::Plan& plan);
+
+/// The plan of one span of layer `l`. (stack.cc)
+routing::Plan Decide(const Model& model, int32_t l, routing::Site site, const routing::Taps& taps,
+                     const ForwardOptions& options);
 
 /// Hidden states after the final norm, [N, D], for ids i32 [N]. (stack.cc)
 at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::Stream& stream,

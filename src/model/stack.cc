@@ -3,25 +3,36 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "model/model.h"
 #include "ops/rows.h"
 
 namespace detour::model {
 
+using routing::LayerPlans;
+using routing::Mode;
 using routing::Plan;
+using routing::Site;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 namespace {
 
-/// A layer as a function: x -> {x', Σ p(attend) if the layer is routed}.
-using LayerFn = std::function<variable_list(const at::Tensor& x_ND)>;
-
-variable_list Outputs(const at::Tensor& x_ND, const Plan& plan) {
-  if (!plan.budget_sum.defined()) return {x_ND};
-  return {x_ND, plan.budget_sum};
+/// The tensors of a layer's plans that a loss may act on.
+std::vector<at::Tensor*> LossInputs(LayerPlans& plans) {
+  std::vector<at::Tensor*> tensors;
+  for (Plan* plan : {&plans.layer, &plans.mixer, &plans.ffn}) {
+    for (at::Tensor* t : {&plan->gate_N, &plan->scores_NC, &plan->penalty}) {
+      if (t->defined()) tensors.push_back(t);
+    }
+  }
+  return tensors;
 }
+
+/// A layer as a function: x -> {x', LossInputs}.
+using LayerFn = std::function<variable_list(const at::Tensor& x_ND)>;
 
 struct LayerCapsule : torch::CustomClassHolder {
   LayerFn fn;
@@ -46,7 +57,7 @@ struct CheckpointFn : torch::autograd::Function<CheckpointFn> {
     variable_list outputs = static_cast<LayerCapsule*>(capsule.get())->fn(x);
     variable_list roots, root_grads;
     for (size_t i = 0; i < outputs.size(); ++i) {
-      if (!grads[i].defined()) continue;
+      if (!grads[i].defined() || !outputs[i].requires_grad()) continue;
       roots.push_back(outputs[i]);
       root_grads.push_back(grads[i]);
     }
@@ -55,17 +66,74 @@ struct CheckpointFn : torch::autograd::Function<CheckpointFn> {
   }
 };
 
+/// `fallback_share` of the method that decides for the mixer of this layer.
+double FallbackShare(const ModelConfig& config, int32_t l) {
+  for (const routing::RoutingConfig& r : config.routing) {
+    if (std::binary_search(r.layers.begin(), r.layers.end(), l)) {
+      if (const double share = r.NumberOr("fallback_share", 0); share > 0) return share;
+    }
+  }
+  return 0;
+}
+
+using StreamPtr = std::shared_ptr<const routing::Stream>;
+
+at::Tensor RunOne(const Model& model, int32_t l, const at::Tensor& x_ND, const StreamPtr& stream,
+                  const ForwardOptions& options, LayerPlans* plans) {
+  const auto decide = [&](Site site, const routing::Taps& taps) {
+    return Decide(model, l, site, taps, options);
+  };
+  return RunLayer(model, model.layers[l], x_ND, *stream, decide,
+                  options.caches ? (*options.caches)[l] : nullptr, plans);
+}
+
+/// RunOne under activation checkpointing: the first run decides and records, the second replays the
+/// record. The model outlives the backward pass.
+at::Tensor RunCheckpointed(const Model& model, int32_t l, const at::Tensor& x_ND,
+                           const StreamPtr& stream, const ForwardOptions& options,
+                           LayerPlans* plans) {
+  auto recorded = std::make_shared<std::vector<LayerPlans>>(model.layers.size());
+  const auto run = [&model, l, stream](const at::Tensor& x, const ForwardOptions& o,
+                                       LayerPlans* taken) {
+    variable_list outputs = {RunOne(model, l, x, stream, o, taken)};
+    for (at::Tensor* t : LossInputs(*taken)) outputs.push_back(*t);
+    return outputs;
+  };
+  const LayerFn first = [&](const at::Tensor& x) {
+    variable_list outputs = run(x, options, plans);
+    (*recorded)[l] = *plans;
+    return outputs;
+  };
+  ForwardOptions again = options;
+  again.replay = recorded.get();
+  LayerFn second = [run, recorded, again](const at::Tensor& x) {
+    LayerPlans replayed;
+    return run(x, again, &replayed);
+  };
+  const variable_list outputs = CheckpointFn::apply(x_ND, std::move(second), first);
+  size_t next = 1;
+  for (at::Tensor* t : LossInputs(*plans)) *t = outputs[next++];
+  return outputs[0];
+}
+
 }  // namespace
 
-Plan DecideLayer(const Model& model, int32_t l, const at::Tensor& x_ND,
-                 const ForwardOptions& options) {
-  const routing::Router* router = model.layers[l].router.get();
+Plan Decide(const Model& model, int32_t l, Site site, const routing::Taps& taps,
+            const ForwardOptions& options) {
+  routing::Router* router = model.layers[l].router(site);
   if (!router) return Plan{};
-  Plan plan = router->Decide(x_ND, options.mode, options.replay ? &(*options.replay)[l] : nullptr);
-  if (options.fallback && !options.replay && !plan.all_routed && plan.rows_R.size(0) == 0) {
-    routing::SetRows(routing::DrawFallbackRows(options.draw, l, x_ND.size(0),
-                                               model.config.routing.fallback_share),
-                     &plan);
+  const Plan* replay = options.replay ? routing::PlanOf((*options.replay)[l], site).plan : nullptr;
+  const routing::DecideArgs args{options.mode, l, options.draw, options.knobs, replay};
+  Plan plan = router->Decide(taps, args);
+  if (options.adjust && options.adjust(l, *router, plan)) plan = router->Decide(taps, args);
+  const bool nobody = options.mode == Mode::kTrain && !replay && site == Site::kMixer &&
+                      plan.num_rows > 0 && plan.NumRouted() == 0;
+  if (const double share = nobody ? FallbackShare(model.config, l) : 0; share > 0) {
+    // Scores stay, rows change: a replay of the drawn rows gives their weights.
+    SetRows(DrawFallbackRows(options.draw, l, taps.stream, share), &plan);
+    routing::DecideArgs drawn = args;
+    drawn.replay = &plan;
+    return router->Decide(taps, drawn);
   }
   return plan;
 }
@@ -73,38 +141,15 @@ Plan DecideLayer(const Model& model, int32_t l, const at::Tensor& x_ND,
 at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::Stream& stream,
                    const ForwardOptions& options) {
   DETOUR_CHECK(ids_N.size(0) == stream.num_rows());
+  auto with_ids = std::make_shared<routing::Stream>(stream);
+  with_ids->ids_N = ids_N;
   at::Tensor x_ND = ops::Embed(model.embed, ids_N);
-  if (options.plans) options.plans->assign(model.layers.size(), Plan{});
+  std::vector<LayerPlans> ignored;
+  std::vector<LayerPlans>& plans = options.plans ? *options.plans : ignored;
+  plans.assign(model.layers.size(), {});
   for (int32_t l = 0; l < model.config.num_layers; ++l) {
-    const LayerWeights& layer = model.layers[l];
-    ops::KvStore* store = options.caches ? (*options.caches)[l] : nullptr;
-    const auto run = [&model, &layer, &stream, store](const at::Tensor& x, const Plan& plan) {
-      return Ffn(model, layer, Mixer(model, layer, x, stream, plan, store));
-    };
-    Plan plan;
-    if (!options.checkpoint) {
-      plan = DecideLayer(model, l, x_ND, options);
-      x_ND = run(x_ND, plan);
-    } else {
-      // The first run decides and records; the second replays the record. Stream and model outlive
-      // the backward pass.
-      auto recorded = std::make_shared<std::vector<Plan>>(model.layers.size());
-      const LayerFn first = [&](const at::Tensor& x) -> variable_list {
-        plan = DecideLayer(model, l, x, options);
-        (*recorded)[l] = plan;
-        return Outputs(run(x, plan), plan);
-      };
-      ForwardOptions again = options;
-      again.replay = recorded.get();
-      LayerFn second = [&model, l, run, recorded, again](const at::Tensor& x) -> variable_list {
-        const Plan replayed = DecideLayer(model, l, x, again);
-        return Outputs(run(x, replayed), replayed);
-      };
-      const variable_list outputs = CheckpointFn::apply(x_ND, std::move(second), first);
-      x_ND = outputs[0];
-      if (outputs.size() > 1) plan.budget_sum = outputs[1];
-    }
-    if (options.plans) (*options.plans)[l] = plan;
+    const auto run = options.checkpoint ? RunCheckpointed : RunOne;
+    x_ND = run(model, l, x_ND, with_ids, options, &plans[l]);
   }
   return ops::RmsNorm(x_ND, model.norm, model.config.rms_norm_eps);
 }

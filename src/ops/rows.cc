@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/error.h"
@@ -86,6 +87,34 @@ struct SigmoidFn : Function<SigmoidFn> {
   }
 };
 
+struct SoftmaxFn : Function<SoftmaxFn> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x) {
+    const int64_t num_rows = x.size(0), ways = x.size(1);
+    at::Tensor below_max = at::empty_like(x), y = at::empty_like(x);
+    for (int64_t n = 0; n < num_rows; ++n) {
+      const float* from = F32(x) + n * ways;
+      float* to = F32(below_max) + n * ways;
+      const float max = *std::max_element(from, from + ways);
+      for (int64_t c = 0; c < ways; ++c) to[c] = from[c] - max;
+    }
+    kernels::Exp(F32(below_max), y.numel(), F32(y));
+    for (int64_t n = 0; n < num_rows; ++n) {
+      float* row = F32(y) + n * ways;
+      float sum = 0;
+      for (int64_t c = 0; c < ways; ++c) sum += row[c];
+      for (int64_t c = 0; c < ways; ++c) row[c] /= sum;
+    }
+    ctx->save_for_backward({y});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const at::Tensor y = ctx->get_saved_variables()[0];
+    const at::Tensor dy_y = grads[0] * y;
+    return {dy_y - y * dy_y.sum(1, true)};
+  }
+};
+
 struct AddScaledFn : Function<AddScaledFn> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& f,
                             const std::optional<at::Tensor>& weight) {
@@ -123,6 +152,44 @@ struct GatherRowsFn : Function<GatherRowsFn> {
     kernels::ScatterRows(F32(dy), dy.size(1), I32(rows), rows.size(0), dy.size(1), F32(dx),
                          dy.size(1));
     return {dx, at::Tensor()};
+  }
+};
+
+struct ReplaceRowsFn : Function<ReplaceRowsFn> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& rows,
+                            const at::Tensor& y) {
+    at::Tensor out = x.clone();
+    kernels::ScatterRows(F32(y), y.size(1), I32(rows), rows.size(0), y.size(1), F32(out),
+                         out.size(1));
+    ctx->save_for_backward({rows});
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const at::Tensor rows = ctx->get_saved_variables()[0];
+    at::Tensor dx = grads[0].clone();
+    dx.index_fill_(0, rows.to(at::kLong), 0);
+    return {dx, at::Tensor(), grads[0].index_select(0, rows)};
+  }
+};
+
+struct StraightThroughFn : Function<StraightThroughFn> {
+  static at::Tensor forward(AutogradContext*, const at::Tensor& hard, const at::Tensor&) {
+    return hard.clone();
+  }
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {at::Tensor(), grads[0]};
+  }
+};
+
+struct GateGradientFn : Function<GateGradientFn> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& y, const at::Tensor& difference,
+                            const at::Tensor&) {
+    ctx->save_for_backward({difference});
+    return y.clone();
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return {grads[0], at::Tensor(), at::linalg_vecdot(grads[0], ctx->get_saved_variables()[0], -1)};
   }
 };
 
@@ -183,6 +250,8 @@ at::Tensor Silu(const at::Tensor& x) { return SiluFn::apply(x); }
 
 at::Tensor Sigmoid(const at::Tensor& x) { return SigmoidFn::apply(x); }
 
+at::Tensor Softmax(const at::Tensor& x_NC) { return SoftmaxFn::apply(x_NC.contiguous()); }
+
 at::Tensor AddScaled(const at::Tensor& x_ND, const at::Tensor& f_ND, const at::Tensor& weight_N) {
   std::optional<at::Tensor> weight;
   if (weight_N.defined()) weight = weight_N;
@@ -191,6 +260,19 @@ at::Tensor AddScaled(const at::Tensor& x_ND, const at::Tensor& f_ND, const at::T
 
 at::Tensor GatherRows(const at::Tensor& x_ND, const at::Tensor& rows_R) {
   return GatherRowsFn::apply(x_ND, rows_R);
+}
+
+at::Tensor ReplaceRows(const at::Tensor& x_ND, const at::Tensor& rows_R, const at::Tensor& y_RD) {
+  return ReplaceRowsFn::apply(x_ND, rows_R, y_RD);
+}
+
+at::Tensor StraightThrough(const at::Tensor& hard_N, const at::Tensor& soft_N) {
+  return StraightThroughFn::apply(hard_N, soft_N);
+}
+
+at::Tensor GateGradient(const at::Tensor& y_ND, const at::Tensor& difference_ND,
+                        const at::Tensor& gate_N) {
+  return GateGradientFn::apply(y_ND, difference_ND, gate_N);
 }
 
 at::Tensor Embed(const at::Tensor& table_VD, const at::Tensor& ids_N) {

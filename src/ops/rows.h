@@ -14,12 +14,25 @@ at::Tensor RmsNorm(const at::Tensor& x_ND, const at::Tensor& w_D, double eps);
 at::Tensor SiluMul(const at::Tensor& g_NF, const at::Tensor& u_NF);
 at::Tensor Silu(const at::Tensor& x);
 at::Tensor Sigmoid(const at::Tensor& x);
+/// Over each row: exp(x − max) by kernels::Exp, divided by their sum in ascending order.
+at::Tensor Softmax(const at::Tensor& x_NC);
 
 /// x + weight_N · f, one fused multiply-add per element; weight undefined means 1 (plain addition).
 at::Tensor AddScaled(const at::Tensor& x_ND, const at::Tensor& f_ND, const at::Tensor& weight_N);
 
 /// x[rows_R]; rows i32, ascending and distinct. Backward: scatter into zeros.
 at::Tensor GatherRows(const at::Tensor& x_ND, const at::Tensor& rows_R);
+
+/// x with row rows_R[r] replaced by y[r].
+at::Tensor ReplaceRows(const at::Tensor& x_ND, const at::Tensor& rows_R, const at::Tensor& y_RD);
+
+/// The values of `hard`; the gradient goes to `soft`.
+at::Tensor StraightThrough(const at::Tensor& hard_N, const at::Tensor& soft_N);
+
+/// y itself; in the backward pass gate_N[n] receives dy[n] · difference[n]: the gradient of y[n] by
+/// the weight of a way whose answer differs from the other's by difference[n] (a constant).
+at::Tensor GateGradient(const at::Tensor& y_ND, const at::Tensor& difference_ND,
+                        const at::Tensor& gate_N);
 
 /// Rows of the embedding table for ids i32 [N]. Ids must be in range (CHECK).
 at::Tensor Embed(const at::Tensor& table_VD, const at::Tensor& ids_N);

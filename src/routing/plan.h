@@ -10,47 +10,101 @@
 
 namespace detour::routing {
 
+/// What a router governs: a whole layer, its attention, or its MLP.
+enum class Site : uint8_t { kLayer, kMixer, kFfn };
+const char* SiteName(Site site);  ///< "layer", "mixer", "ffn"
+
 /// Consecutive rows of one sequence that belong to one document: the unit inside which rows attend
 /// to one another.
 struct Segment {
   int32_t sequence = 0;
   int64_t begin = 0, end = 0;  ///< rows
-  int32_t first_position = 0;  ///< of row `begin`; positions are consecutive
+  int32_t first_position =
+      0;  ///< of row `begin`; positions are consecutive unless rows were chosen
 };
 
 /// Flat rows, no padding. Segments are in row order and cover all rows; a sequence with a cache has
 /// one segment.
 struct Stream {
   std::vector<Segment> segments;
-  at::Tensor positions_N;  ///< i32
+  at::Tensor positions_N;     ///< i32
+  at::Tensor ids_N;           ///< i32, token ids; set by Forward
+  at::Tensor source_N;        ///< i32, rows of the outermost stream; undefined: the rows themselves
+  int64_t num_positions = 0;  ///< above every position
   int64_t num_rows() const { return segments.empty() ? 0 : segments.back().end; }
+  int64_t SourceRow(int64_t row) const;
 
   /// Fills positions_N from the segments.
   static Stream FromSegments(std::vector<Segment> segments);
+  /// The stream of some rows (i32, ascending) only, with their positions and segments.
+  Stream Select(const at::Tensor& rows_R) const;
 };
 
-/// The decision of one layer's mixer. Rows are indices into the stream, ascending.
+/// What a row does at the mixer when it does not attend.
+enum class Bypass : uint8_t { kValue, kIdentity };
+
+/// Rows that go to one expert, and the weight of its answer.
+struct ExpertRows {
+  at::Tensor rows;    ///< i32, ascending
+  at::Tensor weight;  ///< f32 per row, carries gradients; undefined: 1
+};
+
+/// One router's decision about the rows of one span. Rows are indices into the span's stream,
+/// ascending.
 struct Plan {
+  int64_t num_rows = -1;   ///< of the span's stream; -1: nobody decided, every row takes the span
   bool all_routed = true;  ///< rows_R and bypass_rows are undefined then
-  at::Tensor rows_R;       ///< i32: rows that query, and write K and V
-  at::Tensor bypass_rows;  ///< i32: the others: value bypass
-  at::Tensor
-      weight_N;  ///< f32, the branch's weight per row, carries the router's gradient; undefined: 1
-  at::Tensor
-      scores_N2;  ///< f32 with gradient, probabilities (attend, bypass); undefined without a router
-  at::Tensor budget_sum;  ///< f32 scalar with gradient: Σ over rows of p(attend); undefined without
-                          ///< a router
+  at::Tensor rows_R;  ///< i32: rows that take the span (at the mixer: query, and write K and V)
+  at::Tensor bypass_rows;  ///< i32: the others
+  Bypass bypass = Bypass::kIdentity;
+  bool write_all = false;           ///< bypassed rows write K and V all the same
+  std::vector<ExpertRows> experts;  ///< ffn span of a layer with experts
 
-  int64_t NumRouted(const Stream& stream) const {
-    return all_routed ? stream.num_rows() : rows_R.size(0);
-  }
+  // With gradients:
+  at::Tensor weight_N;   ///< f32, weight of the way each row takes; undefined: 1
+  at::Tensor gate_N;     ///< f32, how far each row takes the span; what budgets act on
+  at::Tensor scores_NC;  ///< f32, probabilities of the ways; column 0 (no experts): take the span
+  at::Tensor penalty;    ///< f32 scalar: extra loss, summed over rows; undefined: none
+  bool counterfactual = false;  ///< gate_N's gradient needs the way a row does not take
+  bool key_gradient = false;    ///< … and what its key would change for later rows
+  bool soft = false;            ///< training on both ways at once, weights gate_N and 1 − gate_N
+
+  std::vector<int64_t> choices;  ///< rows that chose each expert, before capacity
+  int64_t causal_agreed = -1;    ///< rows on which the causal rule agrees; -1: the rule is causal
+
+  bool decided() const { return num_rows >= 0; }
+  int64_t NumRouted() const { return all_routed ? num_rows : rows_R.size(0); }
 };
 
-/// Rows with routed[n] != 0 become rows_R, the others bypass_rows; weight_N becomes the probability
-/// of each row's branch, if the plan has scores.
+/// The decisions of one layer. Rows of `mixer` and `ffn` count among those that `layer` let in.
+struct LayerPlans {
+  Plan layer, mixer, ffn;
+};
+
+/// One router's plan seen from the layer's stream.
+struct OuterPlan {
+  const Plan* plan;
+  at::Tensor rows;  ///< i32, the layer's rows that reached the router; undefined: all
+};
+OuterPlan PlanOf(const LayerPlans& plans, Site site);
+/// One flag per row of the layer's stream: it reached the router and took the span.
+std::vector<uint8_t> OuterFlags(const OuterPlan& outer, int64_t num_rows);
+
+/// Rows with routed[n] != 0 become rows_R, the others bypass_rows.
 void SetRows(const std::vector<uint8_t>& routed, Plan* plan);
 /// The inverse: one flag per row.
-std::vector<uint8_t> RoutedFlags(const Plan& plan, int64_t num_rows);
+std::vector<uint8_t> RoutedFlags(const Plan& plan);
+/// The plan of rows [begin, end), rows counted from `begin`: decisions only, no gradients.
+Plan SliceRows(const Plan& plan, int64_t begin, int64_t end);
+/// The same for a layer: `begin` and `end` are rows of the layer's stream.
+LayerPlans SliceRows(const LayerPlans& plans, int64_t begin, int64_t end);
+
+/// i32 tensor of some rows.
+at::Tensor RowTensor(const std::vector<int32_t>& rows);
+
+/// For each of `rows`, the entries among `written` of its own document that are not after it.
+std::vector<ops::Prefix> Prefixes(const Stream& stream, const at::Tensor& rows,
+                                  const at::Tensor& written);
 
 /// Ranges of rows_R that fall into each segment of the stream (empty ones left out), and their
 /// positions.

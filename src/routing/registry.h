@@ -4,6 +4,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "routing/router.h"
 
@@ -12,17 +13,27 @@ namespace detour::routing {
 struct Method {
   const char* name;
   const char* summary;
-  /// Router of layer `layer` for rows of width `dim`, weights allocated and not yet initialised.
-  std::unique_ptr<Router> (*make)(const RoutingConfig& config, int64_t dim, int32_t layer);
+  const char* layout;       ///< where routers go unless the config says
+  std::vector<Site> sites;  ///< what its routers govern
+  std::vector<Option> (*options)();
+  /// The routers of layer `layer`, weights allocated and not yet initialised.
+  std::vector<std::unique_ptr<Router>> (*make)(const RoutingConfig& config, const Shape& shape,
+                                               int32_t layer);
 };
 
+/// All methods but "dense", which is the absence of one.
 std::span<const Method> Methods();
 /// Error("config.routing") for an unknown name, listing the known ones.
 const Method& FindMethod(const std::string& name);
 
 /// Routed layers of a layout name for L layers: "bilayer" 1,3,…,L−1 · "bilayer_dense_ends"
-/// 2,4,…,L−2 · "trilayer" all but 0,3,6,… · "all" · or a list "1,3,5". Error("config.layout")
-/// otherwise.
+/// 2,4,…,L−2 · "trilayer" all but 0,3,6,… · "all" · "all_but_two" 2,3,…,L−1 · or a list "1,3,5".
+/// Error("config.layout") otherwise.
 std::vector<int32_t> LayoutLayers(const std::string& layout, int32_t num_layers);
+
+/// One `routing` object of a config.json -> method, layers, resolved options. Error("config") that
+/// lists every fault of the object.
+RoutingConfig ParseRouting(const Json& object, const std::string& where, int32_t num_layers);
+Json RoutingToJson(const RoutingConfig& config);
 
 }  // namespace detour::routing

@@ -4,12 +4,12 @@
 
 namespace detour::routing {
 
-std::vector<uint8_t> DrawFallbackRows(const DrawKey& key, int32_t layer, int64_t num_rows,
+std::vector<uint8_t> DrawFallbackRows(const DrawKey& key, int32_t layer, const Stream& stream,
                                       double share) {
   const Rng rng(key.seed, RngPurpose::kFallback, key.step, static_cast<uint32_t>(layer));
-  std::vector<uint8_t> routed(num_rows);
-  for (int64_t n = 0; n < num_rows; ++n) {
-    routed[n] = rng.Uniform(key.first_row + n) < share;
+  std::vector<uint8_t> routed(stream.num_rows());
+  for (size_t n = 0; n < routed.size(); ++n) {
+    routed[n] = rng.Uniform(key.first_row + stream.SourceRow(static_cast<int64_t>(n))) < share;
   }
   return routed;
 }

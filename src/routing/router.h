@@ -10,19 +10,15 @@
 #include <string>
 #include <vector>
 
+#include "routing/options.h"
 #include "routing/plan.h"
 
 namespace detour::routing {
 
-/// The `routing` object of config.json.
-struct RoutingConfig {
-  std::string method = "dense";
-  std::vector<int32_t> layers;   ///< routed layers, ascending
-  double aux_loss_coeff = 0;     ///< λ of the mean-probability budget
-  double fallback_share = 0.15;  ///< share of rows routed where a training step's layer chose none
-};
-
-enum class Mode { kTrain, kInfer };
+/// kTrain may decide by rules that look at other rows or draw random numbers; kTeacherForced is
+/// kTrain's rule without randomness, to measure the gap; kInfer is the rule that serves: a row's
+/// decision depends on that row alone.
+enum class Mode : uint8_t { kTrain, kTeacherForced, kInfer };
 
 /// What a random draw of a decision may depend on: never on the batch split or threads.
 struct DrawKey {
@@ -31,32 +27,72 @@ struct DrawKey {
   int64_t first_row = 0;  ///< global index of row 0 of this call within the step's batch
 };
 
-using TensorVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
-
-/// Decides for one layer, and owns the weights it decides with. Not thread-safe.
-class Router {
- public:
-  virtual ~Router() = default;
-
-  /// The plan for rows x [N,D] of the layer's input. A row's decision depends on that row alone in
-  /// every mode that serves. With `replay` the rows are taken from it (same rows, fresh scores with
-  /// gradients): activation checkpointing and accumulated batches never decide twice.
-  virtual Plan Decide(const at::Tensor& x_ND, Mode mode, const Plan* replay) const = 0;
-
-  /// Calls `visit` for each weight; names are relative to "model.layers.N.".
-  virtual void ForEachTensor(const TensorVisitor& visit) = 0;
-
-  /// Adds `delta` to the logit that decides for attention (the ratio controller's handle).
-  virtual void ShiftBias(double delta) = 0;
-
-  /// Operations per row, multiply-adds as 2 FLOP; and the number of parameters.
-  virtual int64_t FlopsPerRow() const = 0;
-  virtual int64_t NumParameters() const = 0;
+/// What changes over a run by a schedule; a negative value means the method's own option.
+struct Knobs {
+  double temperature = -1;
+  double capacity = -1;
 };
 
-/// Rows for a layer that routed none of the whole training batch: row r with probability `share`,
-/// by a hash of (seed, step, layer, global row). A draw of few rows may be empty.
-std::vector<uint8_t> DrawFallbackRows(const DrawKey& key, int32_t layer, int64_t num_rows,
+/// What a router may look at.
+struct Taps {
+  const at::Tensor& x_ND;  ///< the layer's input, not normalised
+  const at::Tensor& h_ND;  ///< the span's normalised input; undefined for a layer
+  const Stream& stream;
+};
+
+struct DecideArgs {
+  Mode mode = Mode::kInfer;
+  int32_t layer = 0;
+  DrawKey draw;
+  Knobs knobs;
+  /// Take the rows of this plan, with fresh scores and gradients: activation checkpointing and
+  /// accumulated batches never decide twice.
+  const Plan* replay = nullptr;
+};
+
+using TensorVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
+
+/// Decides for one span of one layer, and owns the weights it decides with. Not thread-safe.
+class Router {
+ public:
+  explicit Router(Site site) : site_(site) {}
+  virtual ~Router() = default;
+  Site site() const { return site_; }
+
+  virtual Plan Decide(const Taps& taps, const DecideArgs& args) const = 0;
+
+  /// Calls `visit` for each weight; names are relative to "model.layers.N.".
+  virtual void ForEachTensor(const TensorVisitor&) {}
+  /// Called once on a new model, after the weights were drawn: norms 1, biases 0, matrices normal.
+  virtual void Initialize() {}
+
+  /// Adds `delta` to the logit that decides for the span in Mode::kInfer (the ratio controller's
+  /// handle). False if there is none.
+  virtual bool ShiftBias(double) { return false; }
+  /// After an optimizer step: rows of the global batch that chose each expert.
+  virtual void Balance(const std::vector<int64_t>&) {}
+  /// Token counts of the training text, for deciders that read a token's frequency.
+  virtual void SetFrequencies(const std::vector<int64_t>&) {}
+
+  /// Operations per row when serving, multiply-adds as 2 FLOP; and the number of parameters.
+  virtual int64_t FlopsPerRow() const { return 0; }
+  virtual int64_t NumParameters() const { return 0; }
+  /// Ways other than one MLP: experts of the ffn span, 0 if there are none.
+  virtual int64_t num_experts() const { return 0; }
+
+ private:
+  Site site_;
+};
+
+/// The shape a router is made for.
+struct Shape {
+  int64_t dim = 0, vocab_size = 0;
+  int32_t num_layers = 0;
+};
+
+/// Rows for a layer that routed none of the whole training batch: each with probability `share`, by
+/// a hash of (seed, step, layer, global row). A draw of few rows may be empty.
+std::vector<uint8_t> DrawFallbackRows(const DrawKey& key, int32_t layer, const Stream& stream,
                                       double share);
 
 }  // namespace detour::routing

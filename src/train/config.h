@@ -4,13 +4,15 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace detour::train {
 
 struct TrainConfig {
   std::string data_dir, out_dir, model_config, init_from, tokenizer_dir, resume;
-  std::string method, layout;  ///< override the model config's routing if set
-  double aux_loss_coeff = -1;  ///< < 0: the model config's
+  std::string method, layout;        ///< override the model config's routing if set
+  std::vector<std::string> routing;  ///< KEY=VALUE or METHOD.KEY=VALUE, options of the methods
+  double aux_loss_coeff = -1;        ///< < 0: the model config's
 
   int64_t seq_len = 1024;
   int64_t micro_batch_size = 8, global_batch_size = 8;  ///< sequences

@@ -73,27 +73,35 @@ void ExpectClose(const io::SafetensorsFile& file, const std::string& name, const
   EXPECT_FALSE(std::isnan(difference)) << name;
 }
 
+double Lambda(const model::Model& m) {
+  return m.config.routing.empty() ? 0 : m.config.routing[0].Number("aux_loss_coeff");
+}
+
 /// Walks the layers as stack.cc does, comparing what the golden has; given rows replace those of a
 /// fallback. Returns the plans.
-std::vector<routing::Plan> WalkLayers(const model::Model& m, const Case& c, const std::string& mode,
-                                      bool compare) {
+std::vector<routing::LayerPlans> WalkLayers(const model::Model& m, const Case& c,
+                                            const std::string& mode, bool compare) {
   const at::NoGradGuard no_grad;
   at::Tensor x = ops::Embed(m.embed, c.batch.ids_N);
-  std::vector<routing::Plan> plans;
+  std::vector<routing::LayerPlans> plans;
   for (int32_t l = 0; l < m.config.num_layers; ++l) {
-    plans.push_back(DecideLayer(m, l, x, {}));
-    const std::string rows_name = fmt::format("fallback.layer{}.rows", l);
-    if (mode == "train" && c.file.Has(rows_name)) {
-      std::vector<uint8_t> flags(x.size(0));
-      for (int32_t row : c.file.ReadI32(rows_name)) flags[row] = 1;
-      SetRows(flags, &plans.back());
-    }
-    x = Ffn(m, m.layers[l], Mixer(m, m.layers[l], x, c.batch.stream, plans.back(), nullptr));
+    const auto decide = [&](routing::Site site, const routing::Taps& taps) {
+      routing::Plan plan = Decide(m, l, site, taps, {});
+      const std::string rows_name = fmt::format("fallback.layer{}.rows", l);
+      if (mode == "train" && site == routing::Site::kMixer && c.file.Has(rows_name)) {
+        std::vector<uint8_t> flags(x.size(0));
+        for (int32_t row : c.file.ReadI32(rows_name)) flags[row] = 1;
+        SetRows(flags, &plan);
+        return m.layers[l].router(site)->Decide(taps, {.layer = l, .replay = &plan});
+      }
+      return plan;
+    };
+    x = RunLayer(m, m.layers[l], x, c.batch.stream, decide, nullptr, &plans.emplace_back());
     if (!compare) continue;
     const std::string prefix = fmt::format("{}.layer{}.", mode, l);
     if (c.file.Has(prefix + "output")) ExpectClose(c.file, prefix + "output", x, kValueTolerance);
     if (c.file.Has(prefix + "router_probs")) {
-      ExpectClose(c.file, prefix + "router_probs", plans.back().scores_N2, kValueTolerance);
+      ExpectClose(c.file, prefix + "router_probs", plans.back().mixer.scores_NC, kValueTolerance);
     }
   }
   return plans;
@@ -124,13 +132,13 @@ TEST_P(Golden, ForwardAndGradients) {
     }
   }
   if (!c.file.Has("train.loss")) return;
-  const std::vector<std::vector<routing::Plan>> plans = {WalkLayers(m, c, "train", false)};
+  const std::vector<std::vector<routing::LayerPlans>> plans = {WalkLayers(m, c, "train", false)};
   for (const bool checkpointing : {false, true}) {
     AdamW optimizer(m, {});
     optimizer.ZeroGrad();
     const StepResult step = ComputeGradients(
         m, {c.batch}, {.activation_checkpointing = checkpointing, .replay = &plans});
-    const double aux = step.aux_loss * m.config.routing.aux_loss_coeff;
+    const double aux = step.aux_loss * Lambda(m);
     ExpectClose(c.file, "train.loss", at::tensor({static_cast<float>(step.loss + aux)}),
                 kValueTolerance);
     if (c.file.Has("train.total_aux_loss")) {
@@ -208,7 +216,7 @@ TEST_P(GoldenAdamW, TenSteps) {
                       routing::Stream::FromSegments(std::move(segments)), 0};
     const StepResult result =
         TrainStep(m, optimizer, {batch}, {.lr = lr[step], .grad_clip = 1.0, .step = step});
-    const double loss = result.loss + result.aux_loss * m.config.routing.aux_loss_coeff;
+    const double loss = result.loss + result.aux_loss * Lambda(m);
     EXPECT_NEAR(loss, losses[step], 1e-5 * losses[step]) << "step " << step;
     EXPECT_NEAR(result.grad_norm, norms[step], 1e-4 * norms[step]) << "step " << step;
   }

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <memory>
@@ -30,6 +31,7 @@ Json TrainConfigToJson(const TrainConfig& c) {
           {"init_from", c.init_from},
           {"method", c.method},
           {"layout", c.layout},
+          {"routing", c.routing},
           {"aux_loss_coeff", c.aux_loss_coeff},
           {"seq_len", c.seq_len},
           {"micro_batch_size", c.micro_batch_size},
@@ -60,30 +62,93 @@ Json TrainConfigToJson(const TrainConfig& c) {
           {"log_every", c.log_every}};
 }
 
+namespace {
+
+/// "key=value" or "method.key=value" into the object of that method (without one: of every method
+/// that has the option). The value is JSON, or else a string.
+void SetRoutingOption(const std::string& setting, Json* objects) {
+  const size_t equals = setting.find('=');
+  if (equals == std::string::npos || equals == 0) {
+    Fail("train.config", "--routing: expected KEY=VALUE or METHOD.KEY=VALUE, got \"{}\"",
+         Printable(setting));
+  }
+  std::string key = setting.substr(0, equals), method;
+  const std::string text = setting.substr(equals + 1);
+  if (const size_t dot = key.find('.'); dot != std::string::npos) {
+    method = key.substr(0, dot);
+    key = key.substr(dot + 1);
+  }
+  Json value = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (value.is_discarded()) value = text;
+  bool found = false;
+  for (Json& object : *objects) {
+    const std::string name = object.at("method").get<std::string>();
+    const auto options = routing::FindMethod(name).options();
+    const bool has = std::any_of(options.begin(), options.end(),
+                                 [&](const routing::Option& o) { return o.key == key; });
+    if (method.empty() ? !has && objects->size() > 1 : name != method) continue;
+    object[key] = value;
+    found = true;
+  }
+  if (!found) {
+    Fail("train.config", "--routing {}: no method of this model has that option",
+         Printable(setting));
+  }
+}
+
+/// The methods named "a+b", with what the model config says of them.
+Json MethodObjects(const std::string& names, const model::ModelConfig& config) {
+  Json objects = Json::array();
+  for (size_t begin = 0; begin <= names.size();) {
+    const size_t end = std::min(names.find('+', begin), names.size());
+    Json object = {{"method", names.substr(begin, end - begin)}};
+    for (const routing::RoutingConfig& r : config.routing) {
+      if (object.at("method") == r.method) object = routing::RoutingToJson(r);
+    }
+    if (names != "dense") {
+      routing::FindMethod(object.at("method"));
+      objects.push_back(std::move(object));
+    }
+    begin = end + 1;
+  }
+  return objects;
+}
+
+}  // namespace
+
 model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
   const std::string& source = c.init_from.empty() ? c.model_config : c.init_from;
   if (source.empty()) Fail("train.config", "no model: give --model-config FILE or --init-from DIR");
   model::ModelConfig config = model::LoadConfig(source);
-  routing::RoutingConfig& r = config.routing;
-  const bool other_method = !c.method.empty() && c.method != r.method;
-  if (!c.init_from.empty() && (other_method || !c.layout.empty())) {
-    Fail("train.config", "--method and --layout describe a new model; {} has its own", c.init_from);
+  const std::string method = c.method.empty() ? MethodName(config) : c.method;
+  if (!c.init_from.empty() &&
+      (method != MethodName(config) || !c.layout.empty() || !c.routing.empty())) {
+    Fail("train.config", "--method, --layout and --routing describe a new model; {} has its own",
+         c.init_from);
   }
-  if (other_method) {
-    r = {};
-    r.method = c.method;
-    routing::FindMethod(c.method);
+  if (method == "dense") {
+    for (const auto& [flag, given] : {std::pair{"--layout", !c.layout.empty()},
+                                      {"--aux-loss-coeff", c.aux_loss_coeff > 0},
+                                      {"--target-share", c.target_share > 0},
+                                      {"--routing", !c.routing.empty()}}) {
+      if (given) Fail("train.config", "{} needs a method with routers, got --method dense", flag);
+    }
   }
-  if (r.method == "dense" && (!c.layout.empty() || c.target_share > 0 || c.aux_loss_coeff > 0)) {
-    Fail("train.config", "{} needs a method with routers, got --method dense",
-         !c.layout.empty()      ? "--layout"
-         : c.aux_loss_coeff > 0 ? "--aux-loss-coeff"
-                                : "--target-share");
+  Json objects = MethodObjects(method, config);
+  for (Json& object : objects) {
+    if (!c.layout.empty()) {
+      object.erase("layers");
+      object["layout"] = c.layout;
+    }
+    if (c.aux_loss_coeff >= 0) object["aux_loss_coeff"] = c.aux_loss_coeff;
   }
-  if (r.method != "dense" && (other_method || !c.layout.empty())) {
-    r.layers = routing::LayoutLayers(c.layout.empty() ? "bilayer" : c.layout, config.num_layers);
+  for (const std::string& setting : c.routing) SetRoutingOption(setting, &objects);
+  config.routing.clear();
+  for (const Json& object : objects) {
+    config.routing.push_back(routing::ParseRouting(
+        object, "method " + object.at("method").get<std::string>(), config.num_layers));
   }
-  if (c.aux_loss_coeff >= 0) r.aux_loss_coeff = c.aux_loss_coeff;
+  CheckRouting(config, source);
   return config;
 }
 
@@ -200,8 +265,8 @@ void Run::Prepare() {
   status_.Print(fmt::format(
       "{}: {} parameters ({} in routers, {:.2f} %), {} layers of which {} routed; {} steps of {} "
       "tokens; {} training tokens a pass",
-      model_.config.routing.method, report::FormatCount(all), report::FormatCount(routers),
-      100.0 * routers / all, model_.config.num_layers, model_.config.routing.layers.size(),
+      MethodName(model_.config), report::FormatCount(all), report::FormatCount(routers),
+      100.0 * routers / all, model_.config.num_layers, RoutedLayers(model_.config).size(),
       total_steps_, report::FormatThousands(config_.global_batch_size * config_.seq_len),
       report::FormatCount(train_.num_tokens())));
 }
@@ -235,13 +300,22 @@ std::vector<eval::Batch> Run::NextBatches(int64_t num_sequences) const {
 
 void Run::Log(const StepResult& step, double lr, double target_share, double seconds) {
   const double tokens = static_cast<double>(config_.global_batch_size * config_.seq_len);
-  std::vector<double> routed;
-  for (int32_t l : model_.config.routing.layers) routed.push_back(step.share[l]);
+  const std::vector<model::RouterId> routers = model::Routers(model_.config);
+  std::vector<double> shares;  // of gates
+  std::vector<std::vector<int64_t>> choices;
+  for (size_t r = 0; r < routers.size(); ++r) {
+    const RouterStatistics& s = step.statistics.routers[r];
+    if (s.choices.empty()) {
+      shares.push_back(step.statistics.Share(r));
+    } else {
+      choices.push_back(s.choices);
+    }
+  }
   double mean_share = 0;
-  for (double s : routed) mean_share += s / routed.size();
+  for (double s : shares) mean_share += s / shares.size();
   eta_.Update(static_cast<double>(state_.step));
   const std::string share_text =
-      routed.empty() ? "" : fmt::format("  attend {:5.1f}%", 100 * mean_share);
+      shares.empty() ? "" : fmt::format("  attend {:5.1f}%", 100 * mean_share);
   status_.Update(fmt::format(
       "step {}/{}  loss {:.4f}{}  grad {:.2f}  lr {:.2e}  {} tok/s  {}  ETA {}", state_.step,
       total_steps_, step.loss, share_text, step.grad_norm, lr,
@@ -254,24 +328,23 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
                  {"tokens", state_.tokens},
                  {"tokens_per_s", tokens / seconds},
                  {"rss_bytes", report::CurrentRssBytes()}};
-  if (!routed.empty()) {
+  if (!shares.empty()) {
     record["share"] = mean_share;
-    record["share_by_layer"] = routed;
-    record["aux_loss"] = step.aux_loss;
+    record["share_by_layer"] = shares;
     if (config_.target_share > 0) record["target_share"] = target_share;
   }
+  if (!choices.empty()) record["expert_choices"] = choices;
+  if (!routers.empty()) record["aux_loss"] = step.aux_loss;
   metrics_->Write(state_.step, record);
   if (!tensorboard_) return;
   std::vector<std::pair<std::string, double>> scalars = {{"train/loss", step.loss},
                                                          {"train/grad_norm", step.grad_norm},
                                                          {"train/lr", lr},
                                                          {"train/tokens_per_s", tokens / seconds}};
-  if (!routed.empty()) {
-    scalars.emplace_back("routing/share", mean_share);
-    for (size_t i = 0; i < routed.size(); ++i) {
-      scalars.emplace_back(fmt::format("routing/layer{}", model_.config.routing.layers[i]),
-                           routed[i]);
-    }
+  if (!shares.empty()) scalars.emplace_back("routing/share", mean_share);
+  for (size_t r = 0; r < routers.size(); ++r) {
+    if (!step.statistics.routers[r].choices.empty()) continue;
+    scalars.emplace_back("routing/" + routers[r].name, step.statistics.Share(r));
   }
   tensorboard_->Scalars(state_.step, scalars);
 }
@@ -288,7 +361,7 @@ void Run::Validate() {
   summary_.val_share = result.share_routed;
   Json record = {{"val_loss", result.loss}, {"val_bits_per_byte", result.bits_per_byte}};
   std::string share_text;
-  if (!model_.config.routing.layers.empty()) {
+  if (!model_.config.routing.empty()) {
     record["val_share"] = result.share_routed;
     share_text = fmt::format(", {:.1f}% attend in routed layers", 100 * result.share_routed);
   }

@@ -13,99 +13,82 @@
 namespace detour::train {
 
 using eval::Batch;
+using model::LayerWeights;
+using routing::LayerPlans;
+using routing::Mode;
 using routing::Plan;
 
 namespace {
 
-routing::DrawKey KeyOf(const StepOptions& options, const Batch& batch) {
-  return {options.seed, static_cast<uint32_t>(options.step), batch.first_row};
+/// All micro-batches as one.
+Batch Join(const std::vector<Batch>& batches) {
+  if (batches.size() == 1) return batches[0];
+  std::vector<at::Tensor> ids;
+  std::vector<routing::Segment> segments;
+  int64_t rows = 0;
+  int32_t sequences = 0;
+  for (const Batch& b : batches) {
+    ids.push_back(b.ids_N);
+    for (routing::Segment s : b.stream.segments) {
+      s.begin += rows;
+      s.end += rows;
+      s.sequence += sequences;
+      segments.push_back(s);
+    }
+    rows += b.stream.num_rows();
+    sequences = segments.back().sequence + 1;
+  }
+  return {
+      at::cat(ids), {}, routing::Stream::FromSegments(std::move(segments)), batches[0].first_row};
 }
 
-/// Gives the plans of one layer for all micro-batches, from their rows x[micro-batch].
-using DecideFn = std::function<std::vector<Plan>(int32_t layer, const std::vector<at::Tensor>& x)>;
+/// What decisions of the whole batch are, and what they add up to.
+struct Decided {
+  std::vector<std::vector<LayerPlans>> plans;  // [micro-batch][layer]
+  BatchStatistics statistics;
+};
 
-/// Runs all micro-batches forward, side by side, a layer at a time. Returns the plans taken,
-/// [micro-batch][layer]. No gradients.
-std::vector<std::vector<Plan>> WalkTogether(const model::Model& model,
-                                            const std::vector<Batch>& batches,
-                                            const DecideFn& decide) {
+/// Decides for all micro-batches together, without gradients: "no row of the batch", capacities and
+/// shares are those of the global batch.
+Decided DecideTogether(const model::Model& model, const Budgets& budgets,
+                       const std::vector<Batch>& batches, const StepOptions& options) {
   const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> x(batches.size());
-  std::vector<std::vector<Plan>> plans(batches.size());
-  for (size_t m = 0; m < batches.size(); ++m) x[m] = ops::Embed(model.embed, batches[m].ids_N);
-  for (int32_t l = 0; l < model.config.num_layers; ++l) {
-    const model::LayerWeights& layer = model.layers[l];
-    std::vector<Plan> taken = decide(l, x);
-    for (size_t m = 0; m < batches.size(); ++m) {
-      x[m] = Ffn(model, layer, Mixer(model, layer, x[m], batches[m].stream, taken[m], nullptr));
-      plans[m].push_back(std::move(taken[m]));
-    }
+  const Batch joined = Join(batches);
+  std::vector<LayerPlans> plans;
+  Forward(model, joined.ids_N, joined.stream,
+          {.mode = Mode::kTrain,
+           .draw = {options.seed, static_cast<uint32_t>(options.step), joined.first_row},
+           .knobs = options.knobs,
+           .plans = &plans});
+  Decided decided;
+  budgets.Add({joined.stream, plans}, &decided.statistics);
+  int64_t begin = 0;
+  for (const Batch& b : batches) {
+    std::vector<LayerPlans>& part = decided.plans.emplace_back();
+    const int64_t end = begin + b.stream.num_rows();
+    for (const LayerPlans& p : plans) part.push_back(SliceRows(p, begin, end));
+    begin = end;
   }
-  return plans;
+  return decided;
 }
 
-std::vector<Plan> DecideEach(const model::Model& model, int32_t layer,
-                             const std::vector<at::Tensor>& x, routing::Mode mode) {
-  std::vector<Plan> plans;
-  for (const at::Tensor& x_ND : x) plans.push_back(DecideLayer(model, layer, x_ND, {.mode = mode}));
-  return plans;
-}
-
-/// The plans of all micro-batches, decided together so that "no row of the batch" means the global
-/// one.
-std::vector<std::vector<Plan>> DecideTogether(const model::Model& model,
-                                              const std::vector<Batch>& batches,
-                                              const StepOptions& options) {
-  return WalkTogether(model, batches, [&](int32_t l, const std::vector<at::Tensor>& x) {
-    std::vector<Plan> plans = DecideEach(model, l, x, routing::Mode::kTrain);
-    int64_t num_routed = 0;
-    for (size_t m = 0; m < x.size(); ++m) num_routed += plans[m].NumRouted(batches[m].stream);
-    for (size_t m = 0; m < x.size() && num_routed == 0; ++m) {
-      SetRows(DrawFallbackRows(KeyOf(options, batches[m]), l, x[m].size(0),
-                               model.config.routing.fallback_share),
-              &plans[m]);
-    }
-    return plans;
-  });
-}
-
-/// Share of rows routed per layer, over all micro-batches.
-std::vector<double> Shares(const model::Model& model, const std::vector<Batch>& batches,
-                           const std::vector<std::vector<Plan>>& plans, int64_t num_rows) {
-  std::vector<double> shares(model.layers.size(), 1.0);
-  for (size_t l = 0; l < model.layers.size(); ++l) {
-    if (!model.layers[l].router) continue;
-    int64_t routed = 0;
-    for (size_t m = 0; m < batches.size(); ++m) routed += plans[m][l].NumRouted(batches[m].stream);
-    shares[l] = static_cast<double>(routed) / static_cast<double>(num_rows);
-  }
-  return shares;
-}
-
-/// Σ_l f_l / Σf · Σ_rows p_l / num_rows of one micro-batch; undefined without routers.
-at::Tensor AuxLoss(const std::vector<Plan>& plans, const std::vector<double>& shares,
-                   int64_t num_rows) {
-  double sum_f = 0;
-  for (size_t l = 0; l < plans.size(); ++l) {
-    if (plans[l].budget_sum.defined()) sum_f += shares[l];
-  }
-  at::Tensor aux;
-  for (size_t l = 0; l < plans.size(); ++l) {
-    if (!plans[l].budget_sum.defined() || sum_f == 0) continue;
-    const at::Tensor term = plans[l].budget_sum * (shares[l] / sum_f / num_rows);
-    aux = aux.defined() ? aux + term : term;
-  }
-  return aux;
-}
-
-/// Logit differences ln(p0/p1) of a plan's rows, finite where a probability has underflowed.
+/// Logit differences ln(p0/p1) of a gate's rows, finite where a probability has underflowed.
 void AppendDifferences(const Plan& plan, std::vector<float>* differences) {
-  if (!plan.scores_N2.defined()) return;
-  const float* p = ops::F32(plan.scores_N2);
-  for (int64_t n = 0; n < plan.scores_N2.size(0); ++n) {
+  const at::Tensor scores = plan.scores_NC.contiguous();
+  const float* p = ops::F32(scores);
+  for (int64_t n = 0; n < scores.size(0); ++n) {
     differences->push_back(std::log(std::max(p[2 * n], 1e-30f)) -
                            std::log(std::max(p[2 * n + 1], 1e-30f)));
   }
+}
+
+/// Loss weights of the config's methods: their aux_loss_coeff, unless the step says otherwise.
+std::vector<double> BudgetWeights(const model::ModelConfig& config, const StepOptions& options) {
+  std::vector<double> weights = options.budget_weights;
+  for (size_t i = weights.size(); i < config.routing.size(); ++i) {
+    weights.push_back(config.routing[i].NumberOr("aux_loss_coeff", 0));
+  }
+  return weights;
 }
 
 }  // namespace
@@ -113,45 +96,50 @@ void AppendDifferences(const Plan& plan, std::vector<float>* differences) {
 StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>& batches,
                             const StepOptions& options,
                             std::vector<std::vector<float>>* differences) {
-  int64_t num_rows = 0, num_targets = 0;
+  int64_t num_targets = 0;
   for (const Batch& batch : batches) {
-    num_rows += batch.stream.num_rows();
     num_targets += (batch.targets_N >= 0).sum().item<int64_t>();
   }
-  const bool routed = !model.config.routing.layers.empty();
-  const bool together = options.replay || (routed && batches.size() > 1);
-  std::vector<std::vector<Plan>> plans(batches.size());
+  const Budgets budgets(model.config);
+  const std::vector<double> weights = BudgetWeights(model.config, options);
+  const bool together = !options.replay && !budgets.routers().empty() && batches.size() > 1;
   StepResult result;
-  if (together) {
-    plans = options.replay ? *options.replay : DecideTogether(model, batches, options);
-    result.share = Shares(model, batches, plans, num_rows);
-  }
+  Decided decided;
+  if (together) decided = DecideTogether(model, budgets, batches, options);
+  const auto* replay = together ? &decided.plans : options.replay;
+  BatchStatistics& statistics = together ? decided.statistics : result.statistics;
   for (size_t m = 0; m < batches.size(); ++m) {
     const Batch& batch = batches[m];
-    std::vector<Plan> taken;
-    const at::Tensor h = Forward(model, batch.ids_N, batch.stream,
-                                 {.mode = routing::Mode::kTrain,
-                                  .draw = KeyOf(options, batch),
-                                  .fallback = true,
-                                  .replay = together ? &plans[m] : nullptr,
-                                  .plans = &taken,
-                                  .checkpoint = options.activation_checkpointing});
-    if (!together) result.share = Shares(model, batches, {taken}, num_rows);
+    std::vector<LayerPlans> taken;
+    const at::Tensor h =
+        Forward(model, batch.ids_N, batch.stream,
+                {.mode = Mode::kTrain,
+                 .draw = {options.seed, static_cast<uint32_t>(options.step), batch.first_row},
+                 .knobs = options.knobs,
+                 .replay = replay ? &(*replay)[m] : nullptr,
+                 .plans = &taken,
+                 .checkpoint = options.activation_checkpointing});
+    if (!together) {
+      statistics = {};
+      budgets.Add({batch.stream, taken}, &statistics);
+    }
     at::Tensor loss = ops::LinearCrossEntropy(h, model.head, batch.targets_N,
                                               1.0 / static_cast<double>(num_targets));
     result.loss += loss.item<double>();
-    if (const at::Tensor aux = AuxLoss(taken, result.share, num_rows); aux.defined()) {
-      result.aux_loss += aux.item<double>();
-      if (model.config.routing.aux_loss_coeff > 0) {
-        loss = loss + aux * model.config.routing.aux_loss_coeff;
-      }
-    }
+    const Budgets::Loss budget = budgets.Of({batch.stream, taken}, statistics, weights);
+    result.aux_loss += budget.unweighted;
+    if (budget.loss.defined()) loss = loss + budget.loss;
     if (differences) {
-      differences->resize(taken.size());
-      for (size_t l = 0; l < taken.size(); ++l) AppendDifferences(taken[l], &(*differences)[l]);
+      differences->resize(budgets.routers().size());
+      for (size_t r = 0; r < differences->size(); ++r) {
+        const model::RouterId& id = budgets.routers()[r];
+        const Plan& plan = *PlanOf(taken[id.layer], id.site).plan;
+        if (plan.experts.empty()) AppendDifferences(plan, &(*differences)[r]);
+      }
     }
     loss.backward();
   }
+  if (together) result.statistics = decided.statistics;
   return result;
 }
 
@@ -159,7 +147,7 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
                      const StepOptions& options) {
   optimizer.ZeroGrad();
   std::vector<std::vector<float>> differences;
-  const bool control = options.target_share > 0 && !model.config.routing.layers.empty();
+  const bool control = options.target_share > 0 && !model.config.routing.empty();
   StepResult result = ComputeGradients(model, batches, options, control ? &differences : nullptr);
   result.grad_norm = optimizer.ClipGradNorm(options.grad_clip);
   if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
@@ -169,25 +157,28 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
          options.step, result.loss, result.grad_norm);
   }
   optimizer.Step(options.lr);
-  if (control) {
-    for (size_t l = 0; l < differences.size(); ++l) {
-      if (!model.layers[l].router) continue;
-      model.layers[l].router->ShiftBias(
-          routing::ControllerShift(differences[l], options.target_share, options.controller_rate));
+  const std::vector<model::RouterId> routers = model::Routers(model.config);
+  for (size_t r = 0; r < routers.size(); ++r) {
+    routing::Router& router = *model.layers[routers[r].layer].router(routers[r].site);
+    if (control && !differences[r].empty()) {
+      router.ShiftBias(
+          routing::ControllerShift(differences[r], options.target_share, options.controller_rate));
     }
+    router.Balance(result.statistics.routers[r].choices);
   }
   return result;
 }
 
 void SettleShares(model::Model& model, const std::vector<Batch>& batches, double target_share) {
-  WalkTogether(model, batches, [&](int32_t l, const std::vector<at::Tensor>& x) {
-    std::vector<Plan> plans = DecideEach(model, l, x, routing::Mode::kInfer);
-    if (!model.layers[l].router) return plans;
+  const at::NoGradGuard no_grad;
+  const Batch joined = Join(batches);
+  const auto adjust = [&](int32_t, routing::Router& router, const Plan& plan) {
+    if (!plan.experts.empty()) return false;
     std::vector<float> differences;
-    for (const Plan& plan : plans) AppendDifferences(plan, &differences);
-    model.layers[l].router->ShiftBias(routing::QuantileShift(differences, target_share));
-    return DecideEach(model, l, x, routing::Mode::kInfer);
-  });
+    AppendDifferences(plan, &differences);
+    return router.ShiftBias(routing::QuantileShift(differences, target_share));
+  };
+  Forward(model, joined.ids_N, joined.stream, {.adjust = adjust});
 }
 
 }  // namespace detour::train

@@ -6,6 +6,7 @@
 
 #include "eval/batch.h"
 #include "model/model.h"
+#include "train/budget.h"
 #include "train/optimizer.h"
 
 namespace detour::train {
@@ -16,22 +17,26 @@ struct StepOptions {
   bool activation_checkpointing = false;
   uint64_t seed = 0;
   int64_t step = 0;
-  /// [micro-batch][layer]: rows to use instead of deciding; null: decide.
-  const std::vector<std::vector<routing::Plan>>* replay = nullptr;
+  routing::Knobs knobs;
+  /// Loss weights of the config's methods, in order; those left out: their aux_loss_coeff.
+  std::vector<double> budget_weights;
+  /// [micro-batch][layer]: rows to use instead of deciding; null: decide. With several
+  /// micro-batches the statistics of budgets are then each one's own.
+  const std::vector<std::vector<routing::LayerPlans>>* replay = nullptr;
 };
 
 struct StepResult {
-  double loss = 0;            ///< mean cross-entropy over the global batch
-  double aux_loss = 0;        ///< Σ f_l mean(p_l) / Σ f_l, before λ
-  double grad_norm = 0;       ///< before clipping
-  std::vector<double> share;  ///< of rows that attend, one per layer (1 in dense layers)
+  double loss = 0;       ///< mean cross-entropy over the global batch
+  double aux_loss = 0;   ///< the budgets' values, before their weights
+  double grad_norm = 0;  ///< before clipping
+  BatchStatistics statistics;
 };
 
 /// Gradients of the mean cross-entropy over all micro-batches + λ · aux (METHODS §1) into the
 /// weights' .grad. Statistics of routing (shares, "nothing routed") are those of the whole global
-/// batch: with several micro-batches all decisions are taken first, layer by layer without
-/// gradients, and then replayed. If `differences` is not null it receives per layer the logit
-/// differences of all rows. Does not update weights.
+/// batch: with several micro-batches all decisions are taken first, in one forward pass
+/// without gradients, and then replayed. If `differences` is not null it receives per router the
+/// logit differences of all rows (experts: none). Does not update weights.
 StepResult ComputeGradients(const model::Model& model,
                             const std::vector<eval::Batch>& micro_batches,
                             const StepOptions& options,

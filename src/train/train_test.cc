@@ -63,9 +63,9 @@ TEST(SettleShares, EveryLayerHitsTheTargetToTheRow) {
     std::vector<int64_t> routed(config.num_layers);
     for (const eval::Batch& batch : batches) {
       const at::NoGradGuard no_grad;
-      std::vector<routing::Plan> plans;
+      std::vector<routing::LayerPlans> plans;
       Forward(m, batch.ids_N, batch.stream, {.plans = &plans});
-      for (int l = 0; l < config.num_layers; ++l) routed[l] += plans[l].NumRouted(batch.stream);
+      for (int l = 0; l < config.num_layers; ++l) routed[l] += plans[l].mixer.NumRouted();
     }
     for (const int64_t rows : routed) EXPECT_EQ(rows, std::llround(target * 600)) << target;
   }
