@@ -10,6 +10,7 @@
 #include "core/json.h"
 #include "data/prepare.h"
 #include "eval/perplexity.h"
+#include "report/memory.h"
 #include "report/table.h"
 
 namespace detour::cli {
@@ -48,6 +49,8 @@ Json ToJson(const eval::EvalResult& r) {
           {"bits_per_byte", r.bits_per_byte},
           {"share_routed", r.share_routed},
           {"seconds", r.seconds},
+          {"flops_per_token", r.flops_per_token},
+          {"peak_rss_bytes", report::PeakRssBytes()},
           {"layers", layers}};
 }
 

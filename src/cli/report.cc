@@ -11,7 +11,6 @@
 #include "cli/common.h"
 #include "cli/run_config.h"
 #include "core/json.h"
-#include "core/op_counter.h"
 #include "eval/perplexity.h"
 #include "infer/generate.h"
 #include "infer/measure.h"
@@ -27,7 +26,7 @@ namespace {
 
 struct Options {
   std::vector<std::string> runs;
-  std::string data, out, prompt = "The state of the union is", lengths = "1024,8192,32000";
+  std::string data, out, json, prompt = "The state of the union is", lengths = "1024,8192,32000";
   int64_t eval_tokens = 0, sample_tokens = 120, map_tokens = 240, seq_len = 1024;
   RuntimeOptions runtime;
 };
@@ -39,7 +38,6 @@ struct Entry {
   Json summary;
   report::Series train_loss, val_loss, share;
   eval::EvalResult eval;
-  double flops_per_token = 0;  // forward, counted where executed during the evaluation
   std::vector<infer::LengthFigures> lengths;
   std::string sample;
 };
@@ -79,11 +77,8 @@ Entry LoadEntry(const std::string& run) {
 }
 
 void Evaluate(const Options& options, const data::TokenShards& val, Entry* entry) {
-  GlobalOpCounter().Reset();
   entry->eval = eval::Evaluate(entry->model, val,
                                {.seq_len = options.seq_len, .max_tokens = options.eval_tokens});
-  entry->flops_per_token =
-      static_cast<double>(GlobalOpCounter().Total()) / static_cast<double>(entry->eval.num_tokens);
 }
 
 void AddSample(const Options& options, const data::Tokenizer& tokenizer, Entry* entry) {
@@ -122,7 +117,7 @@ std::vector<report::ComparisonTable::Row> Rows(const std::vector<Entry>& entries
   });
   section("Cost");
   row("Forward FLOPs per token", "counted as executed, causal, router and head in",
-      [](const Entry& e) { return report::FormatCount(e.flops_per_token); });
+      [](const Entry& e) { return report::FormatCount(e.eval.flops_per_token); });
   row("Training speed", "tokens per second", [](const Entry& e) {
     return report::FormatCount(GetDouble(e.summary, "tokens_per_s", e.dir));
   });
@@ -241,6 +236,32 @@ std::string RenderPage(const Options& options, const std::vector<Entry>& entries
   return page.Render();
 }
 
+Json ToJson(const std::vector<Entry>& entries) {
+  Json runs = Json::array();
+  for (const Entry& e : entries) {
+    Json lengths = Json::array();
+    for (const infer::LengthFigures& f : e.lengths) {
+      lengths.push_back({{"length", f.length},
+                         {"kv_bytes", f.kv_bytes},
+                         {"prefill_seconds", f.prefill_seconds},
+                         {"decode_tokens_per_s", f.decode_tokens_per_s}});
+    }
+    runs.push_back({{"name", e.name},
+                    {"method", MethodName(e.model.config)},
+                    {"parameters", model::ParameterCount(e.model.config)},
+                    {"router_parameters", model::RouterParameterCount(e.model.config)},
+                    {"loss", e.eval.loss},
+                    {"loss_stderr", e.eval.loss_stderr},
+                    {"bits_per_byte", e.eval.bits_per_byte},
+                    {"share_routed", e.eval.share_routed},
+                    {"flops_per_token", e.eval.flops_per_token},
+                    {"train_tokens_per_s", GetDouble(e.summary, "tokens_per_s", e.dir)},
+                    {"train_peak_rss_bytes", GetDouble(e.summary, "peak_rss_bytes", e.dir)},
+                    {"lengths", lengths}});
+  }
+  return runs;
+}
+
 void Report(const Options& options) {
   ApplyRuntimeOptions(options.runtime);
   std::vector<Entry> entries;
@@ -292,6 +313,7 @@ void Report(const Options& options) {
   for (const Entry& e : entries) {
     fmt::print("\n--- {} ---\n{}{}\n", e.name, options.prompt, e.sample);
   }
+  if (!options.json.empty()) io::WriteFileAtomic(options.json, ToJson(entries).dump(2) + "\n");
   if (!options.out.empty()) {
     io::WriteFileAtomic(options.out, RenderPage(options, entries, rows, *tokenizer, map_tokens));
     fmt::print("\n{}\n", options.out);
@@ -308,6 +330,7 @@ void AddReportCommand(CLI::App& app) {
       ->allow_extra_args(false);
   sub->add_option("--data", options->data, "The shards they were trained on")->required();
   sub->add_option("--out", options->out, "HTML page to write");
+  sub->add_option("--json", options->json, "JSON file to write, one object a run");
   sub->add_option("--prompt", options->prompt, "Of the text samples")->capture_default_str();
   sub->add_option("--lengths", options->lengths, "Context lengths for cache and speed")
       ->capture_default_str();

@@ -36,6 +36,11 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
       ->allow_extra_args(false);
   sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the method's budget")
       ->check(Number(0));
+  sub.add_option("--schedule", c.schedules,
+                 "KNOB: FROM->TO SHAPE [BEGIN..END]; KNOB target_share, aux_loss_coeff, "
+                 "temperature, capacity or routed_layers; SHAPE constant, linear, cosine or sine; "
+                 "e.g. \"capacity: 1->0.125 cosine 0..0.3\"; several times")
+      ->allow_extra_args(false);
   sub.add_option(
          "--target-share", c.target_share,
          "Share of tokens that attend in routed layers, held by the ratio controller; 0: off")

@@ -7,6 +7,7 @@
 #include <numbers>
 
 #include "core/error.h"
+#include "core/op_counter.h"
 #include "eval/batch.h"
 #include "ops/loss.h"
 #include "report/status.h"
@@ -68,6 +69,7 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
                     const EvalOptions& options) {
   const at::NoGradGuard no_grad;
   const double start = report::MonotonicSeconds();
+  const int64_t flops_before = GlobalOpCounter().Total();
   if (shards.num_tokens() < 2) Fail("eval", "the split has fewer than 2 tokens");
   if (shards.vocab_size() != model.config.vocab_size) {
     Fail("eval", "the data were made with a vocabulary of {}, the model has {}",
@@ -95,7 +97,8 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
     }
     const Batch batch = MakeBatch(shards, firsts, seq_len, options.document_attention);
     std::vector<routing::LayerPlans> plans;
-    const at::Tensor h = Forward(model, batch.ids_N, batch.stream, {.mode = mode, .plans = &plans});
+    const at::Tensor h = Forward(model, batch.ids_N, batch.stream,
+                                 {.mode = mode, .knobs = options.knobs, .plans = &plans});
     at::Tensor loss_N;
     ops::LinearCrossEntropy(h, model.head, batch.targets_N, 1.0, &loss_N);
     for (size_t i = 0; i < firsts.size(); ++i) {
@@ -128,6 +131,8 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
     ++gates;
   }
   if (gates > 0) result.share_routed = shares / gates;
+  result.flops_per_token = static_cast<double>(GlobalOpCounter().Total() - flops_before) /
+                           static_cast<double>(result.num_tokens);
   result.seconds = report::MonotonicSeconds() - start;
   return result;
 }

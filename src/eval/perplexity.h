@@ -14,6 +14,7 @@ struct EvalOptions {
   int64_t max_tokens = 0;        ///< 0: the whole split
   int64_t micro_batch_size = 8;  ///< sequences per forward pass; changes no figure
   bool document_attention = true;
+  routing::Knobs knobs;
   bool teacher_forced = false;  ///< decide by the training rule, which may look ahead
 };
 
@@ -40,6 +41,7 @@ struct EvalResult {
   std::vector<RouterFigures> routers;
   double share_routed = 1;  ///< mean share over all gates
   double seconds = 0;
+  double flops_per_token = 0;  ///< forward, counted where executed, head in
 };
 
 /// Non-overlapping sequences of seq_len from the begin of the split; a last piece that is shorter

@@ -122,6 +122,11 @@ Plan Decide(const Model& model, int32_t l, Site site, const routing::Taps& taps,
             const ForwardOptions& options) {
   routing::Router* router = model.layers[l].router(site);
   if (!router) return Plan{};
+  if (options.knobs.routed_layers >= 0 && router->num_experts() == 0) {
+    const std::vector<int32_t> layers = RoutedLayers(model.config);
+    const auto deeper = layers.end() - std::lower_bound(layers.begin(), layers.end(), l);
+    if (deeper > options.knobs.routed_layers) return routing::EveryRow(taps.stream.num_rows());
+  }
   const Plan* replay = options.replay ? routing::PlanOf((*options.replay)[l], site).plan : nullptr;
   const routing::DecideArgs args{options.mode, l, options.draw, options.knobs, replay};
   Plan plan = router->Decide(taps, args);

@@ -71,6 +71,13 @@ void SetRows(const std::vector<uint8_t>& routed, Plan* plan) {
   plan->bypass_rows = plan->all_routed ? at::Tensor() : RowTensor(bypass);
 }
 
+Plan EveryRow(int64_t num_rows) {
+  Plan plan;
+  SetRows(std::vector<uint8_t>(num_rows, 1), &plan);
+  plan.scores_NC = at::stack({at::ones({num_rows}), at::zeros({num_rows})}, 1);
+  return plan;
+}
+
 std::vector<uint8_t> RoutedFlags(const Plan& plan) {
   std::vector<uint8_t> flags(plan.num_rows, plan.all_routed ? 1 : 0);
   if (!plan.all_routed) {

@@ -92,7 +92,9 @@ std::vector<uint8_t> OuterFlags(const OuterPlan& outer, int64_t num_rows);
 
 /// Rows with routed[n] != 0 become rows_R, the others bypass_rows.
 void SetRows(const std::vector<uint8_t>& routed, Plan* plan);
-/// The inverse: one flag per row.
+/// A plan that lets every row in, with probability 1, learns nothing and weighs nothing.
+Plan EveryRow(int64_t num_rows);
+/// The inverse of SetRows: one flag per row.
 std::vector<uint8_t> RoutedFlags(const Plan& plan);
 /// The plan of rows [begin, end), rows counted from `begin`: decisions only, no gradients.
 Plan SliceRows(const Plan& plan, int64_t begin, int64_t end);

@@ -31,6 +31,7 @@ struct DrawKey {
 struct Knobs {
   double temperature = -1;
   double capacity = -1;
+  int32_t routed_layers = -1;  ///< only the deepest so many layers with routers use them
 };
 
 /// What a router may look at.

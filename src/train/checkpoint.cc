@@ -56,6 +56,7 @@ std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, Adam
                      {"next_sequence", state.next_sequence},
                      {"seed", state.seed},
                      {"seconds", state.seconds},
+                     {"duals", state.duals},
                      {"config", state.config}};
   io::WriteFile(dir.path() + "/trainer_state.json", json.dump(2) + "\n");
   dir.Commit();
@@ -96,6 +97,12 @@ TrainerState LoadTrainerState(const std::string& dir, AdamW& optimizer) {
   state.next_sequence = GetInt(json, "next_sequence", path, 0);
   state.seed = static_cast<uint64_t>(GetInt(json, "seed", path, 0));
   state.seconds = GetDouble(json, "seconds", path, 0);
+  if (json.contains("duals")) {
+    const Json& duals = json.at("duals");
+    for (size_t i = 0; duals.is_array() && i < duals.size(); ++i) {
+      if (duals[i].is_number()) state.duals.push_back(duals[i].get<double>());
+    }
+  }
   if (!json.contains("config") || !json.at("config").is_object()) {
     Fail("train.checkpoint", "{}: config: expected an object", path);
   }

@@ -6,6 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "core/json.h"
+#include "model/model.h"
+
 namespace detour::train {
 
 struct TrainConfig {
@@ -25,8 +28,9 @@ struct TrainConfig {
   double decay_ratio = 0.2;  ///< of the steps, for wsd
   double beta1 = 0.9, beta2 = 0.95, adam_eps = 1e-8, weight_decay = 0.1, grad_clip = 1.0;
 
-  double target_share = 0;  ///< ratio controller; 0: off
-  double share_ramp = 0.3;  ///< of the steps, from "all attend" down to the target
+  std::vector<std::string> schedules;  ///< "KNOB: FROM->TO SHAPE [BEGIN..END]" (schedule.h)
+  double target_share = 0;             ///< ratio controller; 0: off
+  double share_ramp = 0.3;             ///< of the steps, from "all attend" down to the target
   double controller_rate = 0.1;
 
   bool document_attention = true;
@@ -35,5 +39,16 @@ struct TrainConfig {
   int64_t eval_every = 250, eval_tokens = 131072, save_every = 500, keep_last = 2, log_every = 10;
   std::string tensorboard;
 };
+
+/// One line per key of the config, defaults resolved: printed, stored in checkpoints, compared on
+/// resume.
+Json TrainConfigToJson(const TrainConfig& config);
+
+/// The model a run starts from: the model config with the flags' method, layout and λ, or the
+/// weights of init_from.
+model::ModelConfig ResolveModelConfig(const TrainConfig& config);
+model::Model InitialModel(const TrainConfig& config);
+/// Steps of the run: max_steps, or as many as max_tokens needs. Error if neither is set.
+int64_t TotalSteps(const TrainConfig& config);
 
 }  // namespace detour::train

@@ -17,159 +17,12 @@
 #include "report/metrics.h"
 #include "report/status.h"
 #include "report/table.h"
-#include "routing/registry.h"
 #include "train/schedule.h"
 #include "train/step.h"
 
 namespace detour::train {
 
 namespace fs = std::filesystem;
-
-Json TrainConfigToJson(const TrainConfig& c) {
-  return {{"data_dir", c.data_dir},
-          {"model_config", c.model_config},
-          {"init_from", c.init_from},
-          {"method", c.method},
-          {"layout", c.layout},
-          {"routing", c.routing},
-          {"aux_loss_coeff", c.aux_loss_coeff},
-          {"seq_len", c.seq_len},
-          {"micro_batch_size", c.micro_batch_size},
-          {"global_batch_size", c.global_batch_size},
-          {"max_steps", c.max_steps},
-          {"max_tokens", c.max_tokens},
-          {"max_time", c.max_time_s},
-          {"lr", c.lr},
-          {"min_lr", c.min_lr},
-          {"warmup_steps", c.warmup_steps},
-          {"lr_schedule", c.lr_schedule},
-          {"decay_ratio", c.decay_ratio},
-          {"beta1", c.beta1},
-          {"beta2", c.beta2},
-          {"adam_eps", c.adam_eps},
-          {"weight_decay", c.weight_decay},
-          {"grad_clip", c.grad_clip},
-          {"target_share", c.target_share},
-          {"share_ramp", c.share_ramp},
-          {"controller_rate", c.controller_rate},
-          {"document_attention", c.document_attention},
-          {"activation_checkpointing", c.activation_checkpointing},
-          {"seed", c.seed},
-          {"eval_every", c.eval_every},
-          {"eval_tokens", c.eval_tokens},
-          {"save_every", c.save_every},
-          {"keep_last", c.keep_last},
-          {"log_every", c.log_every}};
-}
-
-namespace {
-
-/// "key=value" or "method.key=value" into the object of that method (without one: of every method
-/// that has the option). The value is JSON, or else a string.
-void SetRoutingOption(const std::string& setting, Json* objects) {
-  const size_t equals = setting.find('=');
-  if (equals == std::string::npos || equals == 0) {
-    Fail("train.config", "--routing: expected KEY=VALUE or METHOD.KEY=VALUE, got \"{}\"",
-         Printable(setting));
-  }
-  std::string key = setting.substr(0, equals), method;
-  const std::string text = setting.substr(equals + 1);
-  if (const size_t dot = key.find('.'); dot != std::string::npos) {
-    method = key.substr(0, dot);
-    key = key.substr(dot + 1);
-  }
-  Json value = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (value.is_discarded()) value = text;
-  bool found = false;
-  for (Json& object : *objects) {
-    const std::string name = object.at("method").get<std::string>();
-    const auto options = routing::FindMethod(name).options();
-    const bool has = std::any_of(options.begin(), options.end(),
-                                 [&](const routing::Option& o) { return o.key == key; });
-    if (method.empty() ? !has && objects->size() > 1 : name != method) continue;
-    object[key] = value;
-    found = true;
-  }
-  if (!found) {
-    Fail("train.config", "--routing {}: no method of this model has that option",
-         Printable(setting));
-  }
-}
-
-/// The methods named "a+b", with what the model config says of them.
-Json MethodObjects(const std::string& names, const model::ModelConfig& config) {
-  Json objects = Json::array();
-  for (size_t begin = 0; begin <= names.size();) {
-    const size_t end = std::min(names.find('+', begin), names.size());
-    Json object = {{"method", names.substr(begin, end - begin)}};
-    for (const routing::RoutingConfig& r : config.routing) {
-      if (object.at("method") == r.method) object = routing::RoutingToJson(r);
-    }
-    if (names != "dense") {
-      routing::FindMethod(object.at("method"));
-      objects.push_back(std::move(object));
-    }
-    begin = end + 1;
-  }
-  return objects;
-}
-
-}  // namespace
-
-model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
-  const std::string& source = c.init_from.empty() ? c.model_config : c.init_from;
-  if (source.empty()) Fail("train.config", "no model: give --model-config FILE or --init-from DIR");
-  model::ModelConfig config = model::LoadConfig(source);
-  const std::string method = c.method.empty() ? MethodName(config) : c.method;
-  if (!c.init_from.empty() &&
-      (method != MethodName(config) || !c.layout.empty() || !c.routing.empty())) {
-    Fail("train.config", "--method, --layout and --routing describe a new model; {} has its own",
-         c.init_from);
-  }
-  if (method == "dense") {
-    for (const auto& [flag, given] : {std::pair{"--layout", !c.layout.empty()},
-                                      {"--aux-loss-coeff", c.aux_loss_coeff > 0},
-                                      {"--target-share", c.target_share > 0},
-                                      {"--routing", !c.routing.empty()}}) {
-      if (given) Fail("train.config", "{} needs a method with routers, got --method dense", flag);
-    }
-  }
-  Json objects = MethodObjects(method, config);
-  for (Json& object : objects) {
-    if (!c.layout.empty()) {
-      object.erase("layers");
-      object["layout"] = c.layout;
-    }
-    if (c.aux_loss_coeff >= 0) object["aux_loss_coeff"] = c.aux_loss_coeff;
-  }
-  for (const std::string& setting : c.routing) SetRoutingOption(setting, &objects);
-  config.routing.clear();
-  for (const Json& object : objects) {
-    config.routing.push_back(routing::ParseRouting(
-        object, "method " + object.at("method").get<std::string>(), config.num_layers));
-  }
-  CheckRouting(config, source);
-  return config;
-}
-
-model::Model InitialModel(const TrainConfig& c) {
-  const model::ModelConfig config = ResolveModelConfig(c);
-  if (!c.init_from.empty()) {
-    model::Model m = model::LoadModel(c.init_from);
-    m.config = config;
-    return m;
-  }
-  model::Model m = model::AllocateModel(config);
-  model::InitializeWeights(m, c.seed);
-  return m;
-}
-
-int64_t TotalSteps(const TrainConfig& c) {
-  const int64_t per_step = c.global_batch_size * c.seq_len;
-  if (c.max_steps > 0) return c.max_steps;
-  if (c.max_tokens > 0) return (c.max_tokens + per_step - 1) / per_step;
-  Fail("train.config", "no end: give --max-steps or --max-tokens");
-}
 
 namespace {
 
@@ -194,6 +47,10 @@ class Run {
   void Prepare();
   void Resume(const std::string& checkpoint);
   std::vector<eval::Batch> NextBatches(int64_t num_sequences) const;
+  routing::Knobs KnobsAt(int64_t step) const;
+  std::vector<double> WeightsAt(int64_t step) const;
+  void UpdateDuals(const BatchStatistics& statistics);
+  void CountTokens();
   void Log(const StepResult& step, double lr, double target_share, double seconds);
   void Validate();
   void Save();
@@ -243,6 +100,9 @@ void Run::Prepare() {
          config_.out_dir);
   }
   model_ = resume.empty() ? InitialModel(config_) : model::LoadModel(resume);
+  for (const routing::RoutingConfig& r : model_.config.routing) {
+    state_.duals.push_back(r.NumberOr("aux_loss_coeff", 0));
+  }
   if (model_.config.vocab_size != train_.vocab_size()) {
     Fail("train.config", "the model has a vocabulary of {}, the data {} were made with one of {}",
          model_.config.vocab_size, config_.data_dir, train_.vocab_size());
@@ -251,6 +111,7 @@ void Run::Prepare() {
     Fail("train.config", "--seq-len {} is beyond the model's max_position_embeddings {}",
          config_.seq_len, model_.config.max_position_embeddings);
   }
+  if (resume.empty() && config_.init_from.empty()) CountTokens();
   optimizer_ = std::make_unique<AdamW>(
       model_, AdamWOptions{config_.beta1, config_.beta2, config_.adam_eps, config_.weight_decay});
   state_.seed = config_.seed;
@@ -298,6 +159,62 @@ std::vector<eval::Batch> Run::NextBatches(int64_t num_sequences) const {
   return batches;
 }
 
+routing::Knobs Run::KnobsAt(int64_t step) const {
+  routing::Knobs knobs;
+  knobs.temperature = ScheduledValue(config_, "temperature", -1, step, total_steps_);
+  knobs.capacity = ScheduledValue(config_, "capacity", -1, step, total_steps_);
+  knobs.routed_layers = static_cast<int32_t>(
+      std::lround(ScheduledValue(config_, "routed_layers", -1, step, total_steps_)));
+  return knobs;
+}
+
+/// Loss weight of each method: its dual variable, a schedule's value, or its option.
+std::vector<double> Run::WeightsAt(int64_t step) const {
+  std::vector<double> weights;
+  const auto& methods = model_.config.routing;
+  for (size_t i = 0; i < methods.size(); ++i) {
+    const double own = methods[i].NumberOr("aux_loss_coeff", 0);
+    const bool held = methods[i].NumberOr("dual_rate", 0) > 0;
+    weights.push_back(held ? state_.duals.at(i)
+                           : ScheduledValue(config_, "aux_loss_coeff", own, step, total_steps_));
+  }
+  return weights;
+}
+
+/// Projected ascent: a constraint's weight rises while its budget is exceeded.
+void Run::UpdateDuals(const BatchStatistics& statistics) {
+  const auto& methods = model_.config.routing;
+  for (size_t i = 0; i < methods.size(); ++i) {
+    const double rate = methods[i].NumberOr("dual_rate", 0);
+    if (rate <= 0 || statistics.all_flops.at(i) == 0) continue;
+    const double excess =
+        statistics.taken_flops[i] / statistics.all_flops[i] - methods[i].Number("budget_target");
+    state_.duals[i] = std::max(0.0, state_.duals[i] + rate * excess);
+  }
+}
+
+/// Tells deciders that read a token's frequency how often the training text has it.
+void Run::CountTokens() {
+  const auto& methods = model_.config.routing;
+  if (std::none_of(methods.begin(), methods.end(), [](const routing::RoutingConfig& r) {
+        return r.options.contains("decider") && r.Text("decider") == "frequency";
+      })) {
+    return;
+  }
+  std::vector<int64_t> counts(model_.config.vocab_size);
+  std::vector<int32_t> tokens(1 << 16);
+  for (int64_t begin = 0; begin < train_.num_tokens(); begin += std::ssize(tokens)) {
+    tokens.resize(std::min<int64_t>(std::ssize(tokens), train_.num_tokens() - begin));
+    train_.Read(begin, tokens);
+    for (int32_t id : tokens) ++counts[id];
+  }
+  for (model::LayerWeights& layer : model_.layers) {
+    for (const auto& router : layer.routers) {
+      if (router) router->SetFrequencies(counts);
+    }
+  }
+}
+
 void Run::Log(const StepResult& step, double lr, double target_share, double seconds) {
   const double tokens = static_cast<double>(config_.global_batch_size * config_.seq_len);
   const std::vector<model::RouterId> routers = model::Routers(model_.config);
@@ -331,10 +248,13 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
   if (!shares.empty()) {
     record["share"] = mean_share;
     record["share_by_layer"] = shares;
-    if (config_.target_share > 0) record["target_share"] = target_share;
+    if (ControllerOn(config_)) record["target_share"] = target_share;
   }
   if (!choices.empty()) record["expert_choices"] = choices;
-  if (!routers.empty()) record["aux_loss"] = step.aux_loss;
+  if (!routers.empty()) {
+    record["aux_loss"] = step.aux_loss;
+    record["aux_loss_coeff"] = WeightsAt(state_.step - 1);
+  }
   metrics_->Write(state_.step, record);
   if (!tensorboard_) return;
   std::vector<std::pair<std::string, double>> scalars = {{"train/loss", step.loss},
@@ -350,12 +270,12 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
 }
 
 void Run::Validate() {
-  const eval::EvalResult result =
-      eval::Evaluate(model_, val_,
-                     {.seq_len = config_.seq_len,
-                      .max_tokens = config_.eval_tokens,
-                      .micro_batch_size = config_.micro_batch_size,
-                      .document_attention = config_.document_attention});
+  const eval::EvalResult result = eval::Evaluate(model_, val_,
+                                                 {.seq_len = config_.seq_len,
+                                                  .max_tokens = config_.eval_tokens,
+                                                  .micro_batch_size = config_.micro_batch_size,
+                                                  .document_attention = config_.document_attention,
+                                                  .knobs = KnobsAt(state_.step)});
   summary_.val_loss = result.loss;
   summary_.val_bits_per_byte = result.bits_per_byte;
   summary_.val_share = result.share_routed;
@@ -413,6 +333,8 @@ TrainSummary Run::Train() {
       step = TrainStep(model_, *optimizer_, NextBatches(config_.global_batch_size),
                        {.lr = lr,
                         .grad_clip = config_.grad_clip,
+                        .knobs = KnobsAt(state_.step),
+                        .budget_weights = WeightsAt(state_.step),
                         .target_share = target,
                         .controller_rate = ControllerRate(config_, state_.step, total_steps_),
                         .activation_checkpointing = config_.activation_checkpointing,
@@ -425,6 +347,7 @@ TrainSummary Run::Train() {
                                     "; last checkpoint: " +
                                     (summary_.checkpoint.empty() ? "none" : summary_.checkpoint));
     }
+    UpdateDuals(step.statistics);
     const int64_t tokens = config_.global_batch_size * config_.seq_len;
     state_.step += 1;
     state_.tokens += tokens;
@@ -437,7 +360,8 @@ TrainSummary Run::Train() {
     const bool last = state_.step == total_steps_;
     if (last && target > 0) {
       const int64_t sequences = (kSettleTokens + config_.seq_len - 1) / config_.seq_len;
-      SettleShares(model_, NextBatches(sequences), config_.target_share);
+      SettleShares(model_, NextBatches(sequences),
+                   TargetShare(config_, total_steps_, total_steps_));
     }
     if (last || (config_.eval_every > 0 && state_.step % config_.eval_every == 0)) Validate();
     if (last || (config_.save_every > 0 && state_.step % config_.save_every == 0)) Save();

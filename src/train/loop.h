@@ -20,17 +20,6 @@ struct TrainSummary {
   std::string stopped_by;  ///< "done", "max-time", "signal"
 };
 
-/// One line per key of the config, defaults resolved: printed, stored in checkpoints, compared on
-/// resume.
-Json TrainConfigToJson(const TrainConfig& config);
-
-/// The model a run starts from: the model config with the flags' method, layout and λ, or the
-/// weights of init_from.
-model::ModelConfig ResolveModelConfig(const TrainConfig& config);
-model::Model InitialModel(const TrainConfig& config);
-/// Steps of the run: max_steps, or as many as max_tokens needs. Error if neither is set.
-int64_t TotalSteps(const TrainConfig& config);
-
 /// Trains, validates, logs and saves as the config says. `stop_requested` is asked after every
 /// step: true saves and returns. On divergence the last good checkpoint stays `latest` and
 /// Error("train.diverged") names it.

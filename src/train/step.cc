@@ -134,7 +134,8 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
       for (size_t r = 0; r < differences->size(); ++r) {
         const model::RouterId& id = budgets.routers()[r];
         const Plan& plan = *PlanOf(taken[id.layer], id.site).plan;
-        if (plan.experts.empty()) AppendDifferences(plan, &(*differences)[r]);
+        const bool learns = plan.gate_N.defined() || plan.weight_N.defined();
+        if (learns && plan.experts.empty()) AppendDifferences(plan, &(*differences)[r]);
       }
     }
     loss.backward();

@@ -13,13 +13,13 @@ namespace detour::train {
 
 struct StepOptions {
   double lr = 0, grad_clip = 1.0;
+  routing::Knobs knobs;
+  /// Loss weights of the config's methods, in order; those left out: their aux_loss_coeff.
+  std::vector<double> budget_weights;
   double target_share = 0, controller_rate = 0.1;  ///< target 0: the controller rests
   bool activation_checkpointing = false;
   uint64_t seed = 0;
   int64_t step = 0;
-  routing::Knobs knobs;
-  /// Loss weights of the config's methods, in order; those left out: their aux_loss_coeff.
-  std::vector<double> budget_weights;
   /// [micro-batch][layer]: rows to use instead of deciding; null: decide. With several
   /// micro-batches the statistics of budgets are then each one's own.
   const std::vector<std::vector<routing::LayerPlans>>* replay = nullptr;

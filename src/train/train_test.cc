@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "core/error.h"
 #include "train/config.h"
 #include "train/schedule.h"
 #include "train/step.h"
@@ -37,6 +38,25 @@ TEST(Schedule, TheControllerFollowsTheLearningRate) {
   EXPECT_DOUBLE_EQ(TargetShare(c, 0, 100), 1.0);
   EXPECT_DOUBLE_EQ(TargetShare(c, 25, 100), 0.6);
   EXPECT_DOUBLE_EQ(TargetShare(c, 50, 100), 0.2);
+}
+
+TEST(Schedule, Texts) {
+  const auto s =
+      ParseSchedules({"temperature: 5->1 linear", "aux_loss_coeff: 0 -> 5 sine 0.5..1",
+                      "routed_layers: 0->4 constant 0.25..1", "capacity: 1->0.2 cosine"});
+  EXPECT_DOUBLE_EQ(s.at("temperature").At(50, 100), 3);
+  EXPECT_DOUBLE_EQ(s.at("aux_loss_coeff").At(50, 100), 0);
+  EXPECT_NEAR(s.at("aux_loss_coeff").At(75, 100), 5 * std::sqrt(0.5), 1e-12);
+  EXPECT_DOUBLE_EQ(s.at("aux_loss_coeff").At(100, 100), 5);
+  EXPECT_DOUBLE_EQ(s.at("routed_layers").At(24, 100), 0);
+  EXPECT_DOUBLE_EQ(s.at("routed_layers").At(25, 100), 4);
+  EXPECT_NEAR(s.at("capacity").At(50, 100), 0.6, 1e-12);
+  for (const char* bad : {"temperature", "heat: 1->2 linear", "capacity: 1-2 linear",
+                          "capacity: 1->2 round", "capacity: 1->2 linear 0.5..0.2",
+                          "capacity: 1->x linear", "capacity: 1->2 linear 0..2", ""}) {
+    EXPECT_THROW(ParseSchedules({bad}), Error) << bad;
+  }
+  EXPECT_THROW(ParseSchedules({"capacity: 1->2 linear", "capacity: 1->2 linear"}), Error);
 }
 
 TEST(SettleShares, EveryLayerHitsTheTargetToTheRow) {
