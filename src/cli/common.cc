@@ -61,6 +61,19 @@ CLI::Validator Number(double low, double high) {
       "");
 }
 
+void AddExitOptions(CLI::App& sub, model::ExitRule* rule) {
+  sub.add_option_function<std::string>(
+      "--exit", [rule](const std::string& name) { rule->kind = model::ParseExitKind(name); },
+      "Confidence exit: margin (of the two likeliest tokens) or state (cosine of a layer's input "
+      "and output)");
+  sub.add_option("--exit-threshold", rule->threshold, "Confidence at which a token stops")
+      ->check(Number(0, 1))
+      ->capture_default_str();
+  sub.add_option("--exit-from", rule->first_layer, "First layer after which a token may stop")
+      ->check(CLI::Range(0, 1 << 16))
+      ->capture_default_str();
+}
+
 CLI::Validator SeedRange() {
   return CLI::Range(uint64_t{0}, static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
 }

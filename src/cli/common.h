@@ -28,6 +28,9 @@ void ApplyRuntimeOptions(const RuntimeOptions& options);
 /// program starts itself again with OMP_WAIT_POLICY=passive, unless the user has set one.
 void ApplyTrainingRuntimeOptions(const RuntimeOptions& options);
 
+/// --exit, --exit-threshold, --exit-from.
+void AddExitOptions(CLI::App& sub, model::ExitRule* rule);
+
 /// A flag's check: a finite number in [low, high].
 CLI::Validator Number(double low, double high = std::numeric_limits<double>::max());
 

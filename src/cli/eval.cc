@@ -49,6 +49,7 @@ Json ToJson(const eval::EvalResult& r) {
           {"bits_per_byte", r.bits_per_byte},
           {"share_routed", r.share_routed},
           {"seconds", r.seconds},
+          {"mean_layers", r.mean_layers},
           {"flops_per_token", r.flops_per_token},
           {"peak_rss_bytes", report::PeakRssBytes()},
           {"layers", layers}};
@@ -60,6 +61,8 @@ void Print(const eval::EvalResult& r) {
   fmt::print("loss {:.4f}{}   perplexity {:.3f}   bits per byte {:.4f}\n", r.loss,
              std::isfinite(r.loss_stderr) ? fmt::format(" ± {:.4f}", r.loss_stderr) : "",
              r.perplexity, r.bits_per_byte);
+  fmt::print("{} FLOP per token as executed, {:.2f} layers\n",
+             report::FormatCount(r.flops_per_token), r.mean_layers);
   std::vector<report::TextTable::Column> columns = {
       {"layer"}, {"attend"}, {"entropy, bits"}, {"min |p-0.5|"}};
   for (int64_t b = 0; b < eval::kPositionBuckets; ++b) {
@@ -168,6 +171,7 @@ void AddEvalCommand(CLI::App& app) {
       ->capture_default_str();
   AddFlag(*sub, "--document-attention,!--no-document-attention", options->eval.document_attention,
           "Attention stays inside documents");
+  AddExitOptions(*sub, &options->eval.exit);
   sub->add_flag("--teacher-forced", options->eval.teacher_forced,
                 "Decide by the training rule, which may look ahead: shows the gap to serving");
   sub->add_flag("--json", options->json, "Print JSON");

@@ -10,6 +10,7 @@
 #include "cli/signals.h"
 #include "core/json.h"
 #include "data/utf8_stream.h"
+#include "infer/speculate.h"
 #include "report/memory.h"
 #include "report/table.h"
 
@@ -23,6 +24,7 @@ struct Options {
   int64_t max_tokens = 128;
   bool ignore_eos = false, stats = false, json = false;
   infer::GenerateOptions generate;
+  infer::SpeculateOptions speculate{.draft_layers = 0};
   RuntimeOptions runtime;
 };
 
@@ -136,6 +138,48 @@ void PrintAnswers(const Options& options, const std::vector<std::string>& prompt
   }
 }
 
+/// One request after the other, drafted by the first layers.
+std::vector<infer::RequestResult> SpeculateAll(const model::Model& model,
+                                               const std::vector<infer::Request>& requests,
+                                               const Options& options,
+                                               const infer::OnToken& on_token) {
+  const infer::GenerateOptions& g = options.generate;
+  if (g.sampling.temperature != 0 || g.sampling.repetition_penalty != 1 ||
+      g.exit.kind != model::ExitRule::Kind::kNone) {
+    Fail("generate.draft",
+         "--draft-layers: expected greedy decoding: --temp 0, no --repetition-penalty, no --exit");
+  }
+  infer::CheckRequests(model.config, requests);
+  infer::SpeculateStats stats;
+  std::vector<infer::RequestResult> results;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    infer::SpeculateOptions speculate = options.speculate;
+    speculate.max_tokens = requests[i].max_tokens;
+    speculate.prefill_chunk = g.prefill_chunk;
+    speculate.eos_id = g.eos_id;
+    infer::SpeculateResult r = infer::Speculate(
+        model, requests[i].prompt, speculate, [&](int32_t t) { return on_token(i, t); }, &stats);
+    infer::RequestResult& result = results.emplace_back();
+    result.num_positions = std::ssize(requests[i].prompt) + std::ssize(r.tokens) - 1;
+    result.routed_tokens.assign(model.layers.size(), result.num_positions);
+    result.tokens = std::move(r.tokens);
+    result.finish_reason = std::move(r.finish_reason);
+  }
+  if (options.stats) {
+    fmt::print(
+        stderr,
+        "{} new tokens, {:.1f} tok/s in decode; {} of {} drafted tokens accepted ({}), {:.2f} "
+        "tokens a pass\n",
+        stats.new_tokens, stats.new_tokens / std::max(stats.decode_seconds, 1e-9), stats.accepted,
+        stats.drafted,
+        report::FormatPercent(static_cast<double>(stats.accepted) /
+                              std::max<double>(static_cast<double>(stats.drafted), 1)),
+        static_cast<double>(stats.new_tokens) /
+            std::max<double>(static_cast<double>(stats.passes), 1));
+  }
+  return results;
+}
+
 void Generate(Options& options) {
   ApplyRuntimeOptions(options.runtime);
   for (const std::string& s : options.stop) {
@@ -175,17 +219,17 @@ void Generate(Options& options) {
     }
     echoed = true;
   };
+  const auto on_token = [&](size_t request, int32_t token) {
+    echo();
+    if (token < tokenizer->vocab_size()) {
+      emit(request, answers[request].Push(tokenizer->DecodeToken(token)));
+    }
+    return !answers[request].stopped() && !StopRequested();
+  };
   infer::GenerateStats stats;
-  const auto results = infer::Generate(
-      model, requests, options.generate,
-      [&](size_t request, int32_t token) {
-        echo();
-        if (token < tokenizer->vocab_size()) {
-          emit(request, answers[request].Push(tokenizer->DecodeToken(token)));
-        }
-        return !answers[request].stopped() && !StopRequested();
-      },
-      &stats);
+  const auto results = options.speculate.draft_layers > 0
+                           ? SpeculateAll(model, requests, options, on_token)
+                           : infer::Generate(model, requests, options.generate, on_token, &stats);
   echo();
   for (size_t i = 0; i < prompts.size(); ++i) emit(i, answers[i].Finish());
   if (stream) {
@@ -194,7 +238,9 @@ void Generate(Options& options) {
     PrintAnswers(options, prompts, requests, results, texts);
   }
   std::fflush(stdout);
-  if (options.stats) PrintStats(stats, model.config, results);
+  if (options.stats && options.speculate.draft_layers == 0) {
+    PrintStats(stats, model.config, results);
+  }
 }
 
 }  // namespace
@@ -234,6 +280,15 @@ void AddGenerateCommand(CLI::App& app) {
       ->capture_default_str();
   sub->add_option("--max-batch", g.max_batch, "Prompts at the same time; changes no token")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  AddExitOptions(*sub, &g.exit);
+  sub->add_option("--draft-layers", options->speculate.draft_layers,
+                  "Greedy decoding drafted by the first so many layers; changes no token; 0: off")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  sub->add_option("--draft-tokens", options->speculate.draft_tokens,
+                  "Tokens drafted before all layers verify them")
+      ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   AddFlag(*sub, "--stats,!--no-stats", options->stats,
           "Speed, cache bytes and routing on standard error");

@@ -16,6 +16,7 @@ namespace {
 struct Options {
   std::string model, tokens, out, mode = "full";
   int64_t chunk = 64;
+  model::ExitRule exit;
   RuntimeOptions runtime;
 };
 
@@ -49,8 +50,8 @@ void Logits(const Options& options) {
     }
     sequences.emplace_back(ids.begin() + b * seq_len, ids.begin() + b * seq_len + lengths[b]);
   }
-  const infer::Scores scores =
-      infer::Score(model, sequences, infer::ParseScoreMode(options.mode), options.chunk);
+  const infer::Scores scores = infer::Score(model, sequences, infer::ParseScoreMode(options.mode),
+                                            options.chunk, options.exit);
 
   const int64_t vocab = model.config.vocab_size;
   std::vector<float> logits(num_sequences * seq_len * vocab);
@@ -104,6 +105,7 @@ void AddLogitsCommand(CLI::App& app) {
   sub->add_option("--chunk", options->chunk, "Tokens per forward pass in mode chunked")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  AddExitOptions(*sub, &options->exit);
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(
       "Example:\n  detour logits --model out/dtrnet/latest --tokens ids.safetensors --out "

@@ -70,6 +70,7 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
   const at::NoGradGuard no_grad;
   const double start = report::MonotonicSeconds();
   const int64_t flops_before = GlobalOpCounter().Total();
+  CheckExit(model, options.exit);
   if (shards.num_tokens() < 2) Fail("eval", "the split has fewer than 2 tokens");
   if (shards.vocab_size() != model.config.vocab_size) {
     Fail("eval", "the data were made with a vocabulary of {}, the model has {}",
@@ -90,6 +91,7 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
   const routing::Mode mode =
       options.teacher_forced ? routing::Mode::kTeacherForced : routing::Mode::kInfer;
   std::vector<double> losses;
+  double layer_rows = 0;
   for (int64_t s = 0; s < num_sequences; s += options.micro_batch_size) {
     std::vector<int64_t> firsts;
     for (int64_t i = s; i < std::min(s + options.micro_batch_size, num_sequences); ++i) {
@@ -97,8 +99,13 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
     }
     const Batch batch = MakeBatch(shards, firsts, seq_len, options.document_attention);
     std::vector<routing::LayerPlans> plans;
-    const at::Tensor h = Forward(model, batch.ids_N, batch.stream,
-                                 {.mode = mode, .knobs = options.knobs, .plans = &plans});
+    const at::Tensor h =
+        Forward(model, batch.ids_N, batch.stream,
+                {.mode = mode, .knobs = options.knobs, .plans = &plans, .exit = options.exit});
+    for (const routing::LayerPlans& p : plans) {
+      const bool exited = p.ffn.decided() && options.exit.kind != model::ExitRule::Kind::kNone;
+      layer_rows += static_cast<double>(exited ? p.ffn.NumRouted() : h.size(0));
+    }
     at::Tensor loss_N;
     ops::LinearCrossEntropy(h, model.head, batch.targets_N, 1.0, &loss_N);
     for (size_t i = 0; i < firsts.size(); ++i) {
@@ -108,7 +115,8 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
       losses.push_back(sum / static_cast<double>(seq_len));
     }
     for (size_t r = 0; r < routers.size(); ++r) {
-      AddPlan(PlanOf(plans[routers[r].layer], routers[r].site), h.size(0), seq_len, &sums[r]);
+      const routing::OuterPlan outer = PlanOf(plans[routers[r].layer], routers[r].site);
+      if (outer.plan->decided()) AddPlan(outer, h.size(0), seq_len, &sums[r]);
     }
   }
 
@@ -131,6 +139,7 @@ EvalResult Evaluate(const model::Model& model, const data::TokenShards& shards,
     ++gates;
   }
   if (gates > 0) result.share_routed = shares / gates;
+  result.mean_layers = layer_rows / static_cast<double>(result.num_tokens);
   result.flops_per_token = static_cast<double>(GlobalOpCounter().Total() - flops_before) /
                            static_cast<double>(result.num_tokens);
   result.seconds = report::MonotonicSeconds() - start;

@@ -15,6 +15,7 @@ struct EvalOptions {
   int64_t micro_batch_size = 8;  ///< sequences per forward pass; changes no figure
   bool document_attention = true;
   routing::Knobs knobs;
+  model::ExitRule exit;
   bool teacher_forced = false;  ///< decide by the training rule, which may look ahead
 };
 
@@ -41,6 +42,7 @@ struct EvalResult {
   std::vector<RouterFigures> routers;
   double share_routed = 1;  ///< mean share over all gates
   double seconds = 0;
+  double mean_layers = 0;      ///< layers that a token's row went through
   double flops_per_token = 0;  ///< forward, counted where executed, head in
 };
 

@@ -6,12 +6,16 @@
 #include <filesystem>
 #include <numeric>
 
+#include "core/error.h"
 #include "core/op_counter.h"
 #include "core/rng.h"
 #include "core/threads.h"
+#include "infer/generate.h"
 #include "infer/ragged_cache.h"
 #include "infer/score.h"
+#include "infer/speculate.h"
 #include "model/cost.h"
+#include "routing/early_exit.h"
 #include "routing/registry.h"
 #include "train/step.h"
 
@@ -56,6 +60,11 @@ std::vector<Variant> Variants() {
         false),
       v("mod_random", {{"method", "mod"}, {"decider", "random"}}, true, false),
       v("dllm", {{"method", "dllm"}, {"hidden", 24}, {"layout", "all"}}, false),
+      v("dllm_soft_around_moe",
+        {{{"method", "dllm"}, {"hidden", 24}, {"estimator", "soft"}},
+         {{"method", "moe"}, {"experts", 3}}},
+        true, false),
+      v("early_exit", {{"method", "early_exit"}, {"max_dropout", 0.8}}, true, false),
       v("moe", {{"method", "moe"}, {"experts", 4}, {"z_loss_coeff", 0.01}}, true, false),
       v("moe_switch",
         {{"method", "moe"},
@@ -169,7 +178,8 @@ TEST_P(Conformance, RoutersSplitTheRows) {
   for (const model::RouterId& id : model::Routers(m.config)) {
     const routing::Plan& plan = *PlanOf(plans[id.layer], id.site).plan;
     ASSERT_TRUE(plan.decided());
-    if (plan.experts.empty()) {
+    const bool serves = GetParam().name != "early_exit";  // its rows skip in training only
+    if (plan.experts.empty() && serves) {
       EXPECT_GT(plan.NumRouted(), 0) << id.name;
       EXPECT_LT(plan.NumRouted(), plan.num_rows) << id.name;
     }
@@ -385,6 +395,82 @@ TEST_P(Conformance, GradientsAreThoseOfTheLoss) {
 
 INSTANTIATE_TEST_SUITE_P(Registry, Conformance, testing::ValuesIn(Variants()),
                          [](const auto& info) { return info.param.name; });
+
+model::Model ExitModel() {
+  const Variant variant{"early_exit", {{"method", "early_exit"}}};
+  return ModelOf(variant);
+}
+
+TEST(EarlyExit, ModesBatchesAndThreadsAreTheSameBits) {
+  const model::Model m = ExitModel();
+  std::vector<std::vector<int32_t>> sequences;
+  for (const int64_t n : {60, 1, 33}) sequences.push_back(RandomIds(n, 70 + n));
+  for (const auto& [kind, threshold] :
+       {std::pair{model::ExitRule::Kind::kMargin, 0.05}, {model::ExitRule::Kind::kState, 0.7}}) {
+    const model::ExitRule exit{kind, threshold, 0};
+    const Scores full = Score(m, sequences, ScoreMode::kFull, 64, exit);
+    // Some rows stop early, and not all of them.
+    double fed = 0;
+    for (const model::LayerRows& r : full.rows) fed += r.fed;
+    EXPECT_LT(fed, 0.97 * 94 * 4) << threshold;
+    EXPECT_GT(fed, 1.03 * 94) << threshold;
+    const Scores plain = Score(m, sequences, ScoreMode::kFull);
+    EXPECT_NE(full.logits[0], plain.logits[0]);
+    EXPECT_EQ(Score(m, sequences, ScoreMode::kIncremental, 64, exit).logits, full.logits);
+    EXPECT_EQ(Score(m, sequences, ScoreMode::kChunked, 7, exit).logits, full.logits);
+    EXPECT_EQ(Score(m, {sequences[2]}, ScoreMode::kFull, 64, exit).logits[0], full.logits[2]);
+  }
+  const model::ExitRule never{model::ExitRule::Kind::kMargin, 1.0, 0};
+  EXPECT_EQ(Score(m, sequences, ScoreMode::kFull, 64, never).logits,
+            Score(m, sequences, ScoreMode::kFull).logits);
+  const model::Model routed = ModelOf({"dtrnet", {{"method", "dtrnet"}}});
+  EXPECT_THROW(Score(routed, sequences, ScoreMode::kFull, 64, never), Error);
+}
+
+TEST(EarlyExit, SpeculationChangesNoToken) {
+  // Also of routed models: a draft is a shorter model, whatever its layers decide.
+  for (const Variant& variant : Variants()) {
+    if (variant.name != "early_exit" && variant.name != "dtrnet" && variant.name != "dllm")
+      continue;
+    const model::Model m = Settled(variant);
+    for (const int64_t length : {1, 20}) {
+      const std::vector<int32_t> prompt = RandomIds(length, 3);
+      const auto greedy = Generate(m, {{prompt, 40}}, {.sampling = {.temperature = 0}}, nullptr);
+      for (const int32_t layers : {1, 3}) {
+        for (const int64_t drafted : {1, 5}) {
+          SpeculateStats stats;
+          const SpeculateResult r = Speculate(
+              m, prompt, {.draft_layers = layers, .draft_tokens = drafted, .max_tokens = 40},
+              nullptr, &stats);
+          EXPECT_EQ(r.tokens, greedy[0].tokens) << variant.name << layers << drafted;
+          EXPECT_EQ(r.finish_reason, greedy[0].finish_reason);
+          EXPECT_EQ(stats.new_tokens, 40);
+          EXPECT_LE(stats.accepted, stats.drafted);
+        }
+      }
+    }
+    EXPECT_THROW(Speculate(m, {1}, {.draft_layers = 4}, nullptr, nullptr), Error);
+  }
+}
+
+TEST(EarlyExit, WeightsOfTheExits) {
+  const auto config = routing::ParseRouting(
+      {{"method", "early_exit"}, {"exit_scale", 0.5}, {"curriculum", "all"}}, "test", 4);
+  // e(l) = 0.5 Σ_{i<=l} i for l < 3: 0, 0.5, 1.5; e(3) = 3 + 0.5 Σ_{i<=2} i = 4.5.
+  const auto weights = routing::ExitWeights(config, 4, 0, 10);
+  EXPECT_DOUBLE_EQ(weights[1], 0.5 / 6.5);
+  EXPECT_DOUBLE_EQ(weights[2], 1.5 / 6.5);
+  EXPECT_DOUBLE_EQ(weights[3], 4.5 / 6.5);
+  for (const char* curriculum : {"rotational", "gradual", "all"}) {
+    const auto c =
+        routing::ParseRouting({{"method", "early_exit"}, {"curriculum", curriculum}}, "test", 8);
+    for (int64_t step = 0; step < 50; ++step) {
+      const auto w = routing::ExitWeights(c, 8, step, 50);
+      EXPECT_NEAR(std::accumulate(w.begin(), w.end(), 0.0), 1, 1e-12);
+      EXPECT_GT(w.back(), 0);
+    }
+  }
+}
 
 TEST(ConformanceSuite, HasEveryMethod) {
   for (const routing::Method& method : routing::Methods()) {

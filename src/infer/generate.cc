@@ -35,6 +35,14 @@ void CheckRequest(const model::ModelConfig& config, const Request& request, size
   }
 }
 
+}  // namespace
+
+void CheckRequests(const model::ModelConfig& config, const std::vector<Request>& requests) {
+  for (size_t i = 0; i < requests.size(); ++i) CheckRequest(config, requests[i], i);
+}
+
+namespace {
+
 class Generator {
  public:
   Generator(const model::Model& model, const std::vector<Request>& requests,
@@ -48,7 +56,7 @@ class Generator {
         results_(requests.size()) {}
 
   std::vector<RequestResult> Run() {
-    for (size_t i = 0; i < requests_.size(); ++i) CheckRequest(model_.config, requests_[i], i);
+    CheckRequests(model_.config, requests_);
     CheckSamplingOptions(options_.sampling);
     for (RequestResult& r : results_) r.routed_tokens.resize(model_.layers.size());
     size_t next = 0;
@@ -86,7 +94,8 @@ class Generator {
     const routing::Stream stream = routing::Stream::FromSegments(std::move(segments));
     std::vector<routing::LayerPlans> plans;
     const at::Tensor h =
-        Forward(model_, ids_N, stream, {.plans = &plans, .caches = &cache_.stores()});
+        Forward(model_, ids_N, stream,
+                {.plans = &plans, .caches = &cache_.stores(), .exit = options_.exit});
     CountRouted(stream, plans);
     stats_->peak_kv_bytes = std::max(stats_->peak_kv_bytes, cache_.bytes());
     at::Tensor logits;
@@ -176,6 +185,7 @@ std::vector<RequestResult> Generate(const model::Model& model, const std::vector
                                     const GenerateOptions& options, const OnToken& on_token,
                                     GenerateStats* stats) {
   const at::NoGradGuard no_grad;
+  CheckExit(model, options.exit);
   GenerateStats ignored;
   return Generator(model, requests, options, on_token, stats ? stats : &ignored).Run();
 }

@@ -22,6 +22,7 @@ struct GenerateOptions {
   int64_t prefill_chunk = 512;  ///< prompt tokens of one request per forward pass
   int64_t max_batch = 64;       ///< requests that run at the same time
   int32_t eos_id = -1;          ///< ends a request; -1: none
+  model::ExitRule exit;         ///< rows may stop early
 };
 
 struct RequestResult {
@@ -38,6 +39,9 @@ struct GenerateStats {
   int64_t decode_tokens = 0;   ///< made in decode_seconds
   int64_t peak_kv_bytes = 0;
 };
+
+/// Error("generate.prompt") for what Generate refuses.
+void CheckRequests(const model::ModelConfig& config, const std::vector<Request>& requests);
 
 /// Called for each new token; false stops the request (a stop string was found, the reader left).
 using OnToken = std::function<bool(size_t request, int32_t token)>;

@@ -55,9 +55,10 @@ void AppendRoutes(const routing::OuterPlan& outer, const routing::Stream& stream
 }  // namespace
 
 Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>& sequences,
-             ScoreMode mode, int64_t chunk) {
+             ScoreMode mode, int64_t chunk, const model::ExitRule& exit) {
   const at::NoGradGuard no_grad;
   CheckSequences(model.config, sequences);
+  CheckExit(model, exit);
   if (mode == ScoreMode::kIncremental) chunk = 1;
   if (mode == ScoreMode::kFull) chunk = model.config.max_position_embeddings;
   RaggedCache cache(model.config);
@@ -85,9 +86,10 @@ Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>&
     if (ids.empty()) break;
     const routing::Stream stream = routing::Stream::FromSegments(std::move(segments));
     std::vector<routing::LayerPlans> plans;
-    const at::Tensor h =
-        Forward(model, at::tensor(ids, at::kInt), stream,
-                {.plans = &plans, .caches = mode == ScoreMode::kFull ? nullptr : &cache.stores()});
+    const at::Tensor h = Forward(model, at::tensor(ids, at::kInt), stream,
+                                 {.plans = &plans,
+                                  .caches = mode == ScoreMode::kFull ? nullptr : &cache.stores(),
+                                  .exit = exit});
     const at::Tensor logits = Logits(model, h);
     for (const routing::Segment& s : stream.segments) {
       const float* row = ops::F32(logits) + s.begin * logits.size(1);
@@ -98,7 +100,8 @@ Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>&
     for (size_t l = 0; l < rows.size(); ++l) scores.rows[l].Add(rows[l]);
     for (size_t r = 0; r < scores.routers.size(); ++r) {
       const model::RouterId& id = scores.routers[r];
-      AppendRoutes(PlanOf(plans[id.layer], id.site), stream, r, &scores);
+      const routing::OuterPlan outer = PlanOf(plans[id.layer], id.site);
+      if (outer.plan->decided()) AppendRoutes(outer, stream, r, &scores);
     }
   }
   return scores;

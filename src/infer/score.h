@@ -30,6 +30,6 @@ struct Scores {
 /// token of each sequence a pass; kChunked: `chunk` tokens of each. The bits do not depend on the
 /// mode. Error("score") for ids out of range and sequences beyond the model's context.
 Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>& sequences,
-             ScoreMode mode, int64_t chunk = 64);
+             ScoreMode mode, int64_t chunk = 64, const model::ExitRule& exit = {});
 
 }  // namespace detour::infer

@@ -254,7 +254,7 @@ bool HasSharedExpert(const ModelConfig& config, int32_t layer) {
 }
 
 routing::Shape RouterShape(const ModelConfig& c) {
-  return {c.hidden_size, c.vocab_size, c.num_layers};
+  return {c.hidden_size, c.vocab_size, c.num_layers, c.rms_norm_eps};
 }
 
 void CheckRouting(const ModelConfig& config, const std::string& name) {
@@ -267,6 +267,20 @@ void CheckRouting(const ModelConfig& config, const std::string& name) {
           Fail("config", "{}: routing: {} and {} both decide for the {} of layer {}", name,
                it->second, r.method, routing::SiteName(site), l);
         }
+      }
+    }
+  }
+  for (const routing::RoutingConfig& r : config.routing) {
+    const bool asks = r.options.contains("estimator") && r.Text("estimator").ends_with("ste") &&
+                      routing::FindMethod(r.method).sites[0] == routing::Site::kLayer;
+    for (const int32_t l : r.layers) {
+      if (asks &&
+          (taken.count({l, routing::Site::kMixer}) || taken.count({l, routing::Site::kFfn}))) {
+        Fail("config",
+             "{}: routing: {} with estimator {} asks what rows left out would have got from layer "
+             "{}, which another method's router would have to decide. Hint: estimator prob_gate or "
+             "soft, or other layers",
+             name, r.method, r.Text("estimator"), l);
       }
     }
   }

@@ -80,8 +80,7 @@ std::vector<LayerRows> RowsOf(const ModelConfig& c, const routing::Stream& strea
   std::vector<LayerRows> rows;
   for (int32_t l = 0; l < c.num_layers; ++l) {
     const auto& [layer, mixer, ffn] = plans[l];
-    const routing::Stream entered =
-        layer.decided() && !layer.all_routed ? stream.Select(layer.rows_R) : stream;
+    const routing::Stream entered = layer.narrows() ? stream.Select(layer.rows_R) : stream;
     LayerRows r;
     r.entered = static_cast<double>(entered.num_rows());
     r.attended = RowsIn(mixer, r.entered);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/exit.h"
 #include "ops/linear.h"
 #include "routing/plan.h"
 #include "routing/router.h"
@@ -76,7 +77,10 @@ struct ForwardOptions {
   const std::vector<routing::LayerPlans>* replay = nullptr;  ///< one per layer: use these rows
   std::vector<routing::LayerPlans>* plans = nullptr;         ///< receives one per layer
   const std::vector<ops::KvStore*>* caches = nullptr;        ///< one per layer
-  bool checkpoint = false;  ///< recompute layers in the backward pass
+  bool checkpoint = false;                    ///< recompute layers in the backward pass
+  ExitRule exit;                              ///< serving: rows may stop early
+  int32_t num_layers = -1;                    ///< run only the first so many layers; -1: all
+  std::vector<at::Tensor>* states = nullptr;  ///< receives x after each layer, before the last norm
   /// May move a router's bias between its decision and the layer's work; true: decide again.
   std::function<bool(int32_t layer, routing::Router&, const routing::Plan&)> adjust;
 };

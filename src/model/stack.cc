@@ -116,6 +116,17 @@ at::Tensor RunCheckpointed(const Model& model, int32_t l, const at::Tensor& x_ND
   return outputs[0];
 }
 
+/// A layer whose plans are those of rows that exited before it.
+at::Tensor RunExited(const Model& model, int32_t l, const at::Tensor& x_ND, const StreamPtr& stream,
+                     const ForwardOptions& options, LayerPlans* plans) {
+  const LayerPlans exited = *plans;
+  const auto decide = [&](Site site, const routing::Taps&) {
+    return *routing::PlanOf(exited, site).plan;
+  };
+  return RunLayer(model, model.layers[l], x_ND, *stream, decide,
+                  options.caches ? (*options.caches)[l] : nullptr, plans);
+}
+
 }  // namespace
 
 Plan Decide(const Model& model, int32_t l, Site site, const routing::Taps& taps,
@@ -152,9 +163,16 @@ at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::S
   std::vector<LayerPlans> ignored;
   std::vector<LayerPlans>& plans = options.plans ? *options.plans : ignored;
   plans.assign(model.layers.size(), {});
-  for (int32_t l = 0; l < model.config.num_layers; ++l) {
-    const auto run = options.checkpoint ? RunCheckpointed : RunOne;
+  const int32_t num_layers = options.num_layers >= 0 ? options.num_layers : model.config.num_layers;
+  const bool exits = options.exit.kind != ExitRule::Kind::kNone;
+  ExitState exit(stream.num_rows());
+  for (int32_t l = 0; l < num_layers; ++l) {
+    const auto run = exits ? RunExited : options.checkpoint ? RunCheckpointed : RunOne;
+    if (exits) plans[l] = exit.Plans();
+    const at::Tensor before = x_ND;
     x_ND = run(model, l, x_ND, with_ids, options, &plans[l]);
+    if (exits) exit.Update(model, options.exit, l, before, x_ND);
+    if (options.states) options.states->push_back(x_ND);
   }
   return ops::RmsNorm(x_ND, model.norm, model.config.rms_norm_eps);
 }

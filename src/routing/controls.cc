@@ -52,6 +52,9 @@ class EveryNthControl : public Control {
     const double steps = Position(stream, row) * share_;
     return steps - std::floor(steps);
   }
+  int64_t Choice(const Stream& stream, int32_t, int64_t row, int64_t ways) const override {
+    return Position(stream, row) % ways;
+  }
 };
 
 class FrequencyControl : public Control {

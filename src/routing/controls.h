@@ -17,9 +17,12 @@ std::vector<Option> ControlOptions();
 class Control {
  public:
   virtual ~Control() = default;
-  /// In [0, 1) per row: a row takes the span if this is below the share; which of E experts is the
-  /// integer part of E times it.
+  /// In [0, 1) per row: a row takes the span if this is below the share.
   virtual double Score(const Stream& stream, int32_t layer, int64_t row) const = 0;
+  /// Which of `ways` a row takes.
+  virtual int64_t Choice(const Stream& stream, int32_t layer, int64_t row, int64_t ways) const {
+    return static_cast<int64_t>(Score(stream, layer, row) * static_cast<double>(ways));
+  }
   virtual std::vector<uint8_t> Rows(const Stream& stream, int32_t layer) const;
   virtual void ForEachTensor(const TensorVisitor&) {}
   virtual void SetFrequencies(const std::vector<int64_t>&) {}

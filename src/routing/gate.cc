@@ -36,6 +36,24 @@ std::vector<Option> GateOptions() {
   return options;
 }
 
+void CheckGate(const RoutingConfig& config, std::vector<std::string>* faults) {
+  if (config.Text("bypass") == "value" && config.Text("kv") == "all") {
+    faults->push_back(
+        "bypass \"value\" and kv \"all\" do not go together: with every key written "
+        "the bypass is \"identity\"");
+  }
+}
+
+void CheckLayerGate(const RoutingConfig& config, std::vector<std::string>* faults) {
+  if (config.Text("bypass") == "value") {
+    faults->push_back(
+        "bypass: expected \"identity\": rows that skip a whole layer get nothing of it");
+  }
+  if (config.Text("kv") == "all") {
+    faults->push_back("kv: expected \"executed\": rows that skip a whole layer write no keys");
+  }
+}
+
 namespace {
 
 class Mlp : public GateScorer {
@@ -100,19 +118,22 @@ class LinearScorer : public GateScorer {
 
 class NormMlp : public GateScorer {
  public:
-  NormMlp(int64_t dim, int64_t hidden, std::string prefix) : prefix_(std::move(prefix)) {
-    first_.weight = at::zeros({hidden, dim});
+  NormMlp(const Shape& shape, int64_t hidden, std::string prefix)
+      : prefix_(std::move(prefix)), eps_(shape.rms_norm_eps) {
+    first_.weight = at::zeros({hidden, shape.dim});
+    first_.bias = at::zeros({hidden});
     norm_ = at::zeros({hidden});
     second_.weight = at::zeros({2, hidden});
     second_.bias = at::zeros({2});
   }
   at::Tensor Difference(const at::Tensor& x_ND) const override {
-    const at::Tensor hidden = ops::Silu(ops::RmsNorm(ops::Linear(x_ND, first_), norm_, 1e-6));
+    const at::Tensor hidden = ops::Silu(ops::RmsNorm(ops::Linear(x_ND, first_), norm_, eps_));
     const at::Tensor logits_N2 = ops::Linear(hidden, second_);
     return logits_N2.select(1, 1) - logits_N2.select(1, 0);
   }
   void ForEachTensor(const TensorVisitor& visit) override {
     visit(prefix_ + "weight_predictor.0.weight", first_.weight);
+    visit(prefix_ + "weight_predictor.0.bias", first_.bias);
     visit(prefix_ + "weight_predictor.norm.weight", norm_);
     visit(prefix_ + "weight_predictor.2.weight", second_.weight);
     visit(prefix_ + "weight_predictor.2.bias", second_.bias);
@@ -129,11 +150,12 @@ class NormMlp : public GateScorer {
     return 2 * (first_.weight.numel() + second_.weight.numel());
   }
   int64_t NumParameters() const override {
-    return first_.weight.numel() + norm_.numel() + second_.weight.numel() + 2;
+    return first_.weight.numel() + first_.bias.numel() + norm_.numel() + second_.weight.numel() + 2;
   }
 
  private:
   std::string prefix_;
+  double eps_;
   ops::Matrix first_, second_;
   at::Tensor norm_;
 };
@@ -151,7 +173,7 @@ class Gate : public Router {
         control_(MakeControl(config, shape, prefix)) {
     const int64_t hidden = config.Int("hidden");
     if (!control_) {
-      scorer_ = MakeScorer(config.Text("scorer"), shape.dim,
+      scorer_ = MakeScorer(config.Text("scorer"), shape,
                            hidden > 0 ? hidden : std::max<int64_t>(shape.dim / 2, 1), prefix);
     }
   }
@@ -183,7 +205,7 @@ class Gate : public Router {
       for (size_t n = 0; n < routed.size(); ++n) routed[n] = p[n] > 0.5f;
       SetRows(Reserve(taps.stream, std::move(routed)), &plan);
     }
-    Estimate(gate_N, args.mode, &plan);
+    Estimate(WithoutReserved(gate_N, taps.stream), args.mode, &plan);
     return plan;
   }
 
@@ -213,6 +235,12 @@ class Gate : public Router {
       if (positions[n] < reserved_) routed[n] = 1;
     }
     return routed;
+  }
+
+  /// Reserved rows have no choice, and so no gradient.
+  at::Tensor WithoutReserved(const at::Tensor& gate_N, const Stream& stream) const {
+    if (reserved_ == 0 || estimator_ == "prob_gate") return gate_N;
+    return at::where(stream.positions_N.ge(reserved_), gate_N, at::ones({}));
   }
 
   /// The difference of two Gumbel variables per row, keyed by the row of the global batch.
@@ -272,11 +300,11 @@ class Gate : public Router {
 
 }  // namespace
 
-std::unique_ptr<GateScorer> MakeScorer(const std::string& kind, int64_t dim, int64_t hidden,
+std::unique_ptr<GateScorer> MakeScorer(const std::string& kind, const Shape& shape, int64_t hidden,
                                        const std::string& prefix) {
-  if (kind == "linear") return std::make_unique<LinearScorer>(dim, prefix);
-  if (kind == "norm_mlp") return std::make_unique<NormMlp>(dim, hidden, prefix);
-  return std::make_unique<Mlp>(dim, hidden, prefix);
+  if (kind == "linear") return std::make_unique<LinearScorer>(shape.dim, prefix);
+  if (kind == "norm_mlp") return std::make_unique<NormMlp>(shape, hidden, prefix);
+  return std::make_unique<Mlp>(shape.dim, hidden, prefix);
 }
 
 std::unique_ptr<Router> MakeGate(Site site, const RoutingConfig& config, const Shape& shape,

@@ -16,6 +16,10 @@ namespace detour::routing {
 /// temperature in training; soft: both ways in training, weighted, hard when serving.
 std::vector<Option> GateOptions();
 
+/// What a gate's options cannot mean together; of one that governs a whole layer also.
+void CheckGate(const RoutingConfig& config, std::vector<std::string>* faults);
+void CheckLayerGate(const RoutingConfig& config, std::vector<std::string>* faults);
+
 /// Scores rows: x -> logits of (take the span, do not).
 class GateScorer {
  public:
@@ -32,7 +36,7 @@ class GateScorer {
 /// "mlp" (DTRNet: D -> hidden -> 2, hidden 0: D/2), "linear" (D -> 2), "norm_mlp" (D-LLM: D ->
 /// hidden -> RMSNorm -> SiLU -> 2, final bias (0.1, 2.0), column 1 takes the span). Tensors are
 /// named prefix + "weight_predictor.…".
-std::unique_ptr<GateScorer> MakeScorer(const std::string& kind, int64_t dim, int64_t hidden,
+std::unique_ptr<GateScorer> MakeScorer(const std::string& kind, const Shape& shape, int64_t hidden,
                                        const std::string& prefix);
 
 /// A gate by its config's options; tensors are named with `prefix` ("router.").

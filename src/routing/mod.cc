@@ -55,8 +55,9 @@ class ModRouter : public Router {
     if (causal_ == "bce") causal_bias_ = at::zeros({1});
     if (causal_ == "predictor") {
       const int64_t hidden = config.Int("hidden");
-      predictor_ = MakeScorer("mlp", shape.dim,
-                              hidden > 0 ? hidden : std::max<int64_t>(shape.dim / 2, 1), "router.");
+      predictor_ =
+          MakeScorer("mlp", shape, hidden > 0 ? hidden : std::max<int64_t>(shape.dim / 2, 1),
+                     "router.predictor.");
     }
   }
 

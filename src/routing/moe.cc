@@ -30,6 +30,13 @@ std::vector<Option> MoeOptions() {
   return options;
 }
 
+void CheckMoe(const RoutingConfig& config, std::vector<std::string>* faults) {
+  if (config.Int("top_k") > config.Int("experts")) {
+    faults->push_back(fmt::format("top_k: expected at most the number of experts {}, got {}",
+                                  config.Int("experts"), config.Int("top_k")));
+  }
+}
+
 namespace {
 
 class MoeRouter : public Router {
@@ -44,10 +51,6 @@ class MoeRouter : public Router {
         z_loss_coeff_(config.Number("z_loss_coeff")),
         bias_rate_(config.Number("bias_rate")),
         control_(MakeControl(config, shape, "block_sparse_moe.")) {
-    if (top_k_ > experts_) {
-      Fail("config", "routing: top_k: expected at most the number of experts {}, got {}", experts_,
-           top_k_);
-    }
     if (control_) return;
     gate_.weight = at::zeros({experts_, shape.dim});
     if (bias_rate_ > 0) bias_E_ = at::zeros({experts_});
@@ -133,8 +136,7 @@ class MoeRouter : public Router {
   at::Tensor ControlLogits(const Stream& stream, int32_t layer) const {
     at::Tensor logits = at::full({stream.num_rows(), experts_}, -20.0f);
     for (int64_t n = 0; n < stream.num_rows(); ++n) {
-      const auto first =
-          static_cast<int64_t>(control_->Score(stream, layer, n) * static_cast<double>(experts_));
+      const int64_t first = control_->Choice(stream, layer, n, experts_);
       for (int64_t k = 0; k < top_k_; ++k) {
         logits.data_ptr<float>()[n * experts_ + (first + k) % experts_] = 20.0f;
       }

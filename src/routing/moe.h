@@ -14,6 +14,7 @@
 namespace detour::routing {
 
 std::vector<Option> MoeOptions();
+void CheckMoe(const RoutingConfig& config, std::vector<std::string>* faults);
 std::vector<std::unique_ptr<Router>> MakeMoe(const RoutingConfig& config, const Shape& shape,
                                              int32_t layer);
 

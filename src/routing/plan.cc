@@ -89,9 +89,8 @@ std::vector<uint8_t> RoutedFlags(const Plan& plan) {
 
 OuterPlan PlanOf(const LayerPlans& plans, Site site) {
   if (site == Site::kLayer) return {&plans.layer, {}};
-  const bool all = !plans.layer.decided() || plans.layer.all_routed;
   return {site == Site::kMixer ? &plans.mixer : &plans.ffn,
-          all ? at::Tensor() : plans.layer.rows_R};
+          plans.layer.narrows() ? plans.layer.rows_R : at::Tensor()};
 }
 
 std::vector<uint8_t> OuterFlags(const OuterPlan& outer, int64_t num_rows) {
@@ -121,6 +120,7 @@ Plan SliceRows(const Plan& plan, int64_t begin, int64_t end) {
   if (!plan.decided()) return part;
   const std::vector<uint8_t> flags = RoutedFlags(plan);
   SetRows({flags.begin() + begin, flags.begin() + end}, &part);
+  part.soft = plan.soft;
   for (const ExpertRows& e : plan.experts) {
     part.experts.push_back({RowsWithin(e.rows, begin, end), {}});
   }
@@ -129,7 +129,7 @@ Plan SliceRows(const Plan& plan, int64_t begin, int64_t end) {
 
 LayerPlans SliceRows(const LayerPlans& plans, int64_t begin, int64_t end) {
   LayerPlans part{.layer = SliceRows(plans.layer, begin, end), .mixer = {}, .ffn = {}};
-  if (plans.layer.decided() && !plans.layer.all_routed) {
+  if (plans.layer.narrows()) {
     // The inner spans see only the rows that the layer let in.
     const int32_t* rows = ops::I32(plans.layer.rows_R);
     const int32_t* const last = rows + plans.layer.rows_R.size(0);

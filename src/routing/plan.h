@@ -73,6 +73,8 @@ struct Plan {
   int64_t causal_agreed = -1;    ///< rows on which the causal rule agrees; -1: the rule is causal
 
   bool decided() const { return num_rows >= 0; }
+  /// Whether the span runs on rows_R only: in soft training it runs on all.
+  bool narrows() const { return decided() && !all_routed && !soft; }
   int64_t NumRouted() const { return all_routed ? num_rows : rows_R.size(0); }
 };
 

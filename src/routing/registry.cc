@@ -9,6 +9,8 @@
 #include "core/error.h"
 #include "routing/dllm.h"
 #include "routing/dtrnet.h"
+#include "routing/early_exit.h"
+#include "routing/gate.h"
 #include "routing/mod.h"
 #include "routing/moe.h"
 #include "routing/skip.h"
@@ -23,30 +25,42 @@ const Method kMethods[] = {
      "bilayer",
      {Site::kMixer},
      DtrnetOptions,
+     CheckGate,
      MakeDtrnet},
     {"mod",
      "the tokens of highest score take the layer (Mixture-of-Depths, arXiv 2404.02258)",
      "bilayer",
      {Site::kLayer},
      ModOptions,
+     nullptr,
      MakeMod},
     {"dllm",
      "a hard gate per token and layer, skipped keys evicted (D-LLM, NeurIPS 2024)",
      "all_but_two",
      {Site::kLayer},
      DllmOptions,
+     CheckLayerGate,
      MakeDllm},
+    {"early_exit",
+     "layer dropout and a loss at every exit (LayerSkip, arXiv 2404.16710)",
+     "all",
+     {Site::kLayer},
+     EarlyExitOptions,
+     nullptr,
+     MakeEarlyExit},
     {"moe",
      "each token takes the MLPs of a few experts (Switch, Mixtral)",
      "all",
      {Site::kFfn},
      MoeOptions,
+     CheckMoe,
      MakeMoe},
     {"skip",
      "attention and MLP skipped by a gate each (SkipGPT)",
      "all",
      {Site::kMixer, Site::kFfn},
      SkipOptions,
+     CheckGate,
      MakeSkip},
 };
 
@@ -141,6 +155,7 @@ RoutingConfig ParseRouting(const Json& object, const std::string& where, int32_t
   } catch (const Error& error) {
     faults.push_back(error.what());
   }
+  if (faults.empty() && method.check) method.check(config, &faults);
   if (!faults.empty()) Fail("config", "{}: {}", where, fmt::join(faults, "; "));
   return config;
 }

@@ -16,6 +16,8 @@ struct Method {
   const char* layout;       ///< where routers go unless the config says
   std::vector<Site> sites;  ///< what its routers govern
   std::vector<Option> (*options)();
+  /// Adds what is wrong with options that are right one by one; null: nothing can be.
+  void (*check)(const RoutingConfig& config, std::vector<std::string>* faults);
   /// The routers of layer `layer`, weights allocated and not yet initialised.
   std::vector<std::unique_ptr<Router>> (*make)(const RoutingConfig& config, const Shape& shape,
                                                int32_t layer);

@@ -89,6 +89,7 @@ class Router {
 struct Shape {
   int64_t dim = 0, vocab_size = 0;
   int32_t num_layers = 0;
+  double rms_norm_eps = 1e-5;
 };
 
 /// Rows for a layer that routed none of the whole training batch: each with probability `share`, by

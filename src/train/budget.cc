@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 #include "ops/linear.h"
 #include "routing/registry.h"
@@ -69,6 +70,7 @@ void Budgets::Add(const Taken& taken, BatchStatistics* statistics) const {
   statistics->routers.resize(routers_.size());
   statistics->taken_flops.resize(members_.size());
   statistics->all_flops.resize(members_.size());
+  statistics->counted_rows.resize(members_.size());
   for (size_t r = 0; r < routers_.size(); ++r) {
     const Plan& plan = PlanOfRouter(taken, r);
     RouterStatistics& s = statistics->routers[r];
@@ -79,10 +81,11 @@ void Budgets::Add(const Taken& taken, BatchStatistics* statistics) const {
     for (size_t e = 0; e < plan.choices.size(); ++e) s.choices[e] += plan.choices[e];
   }
   for (size_t i = 0; i < members_.size(); ++i) {
-    if (!config_.routing[i].options.contains("budget") ||
-        config_.routing[i].Text("budget") != "compute") {
-      continue;
-    }
+    const routing::RoutingConfig& c = config_.routing[i];
+    if (!c.options.contains("budget")) continue;
+    statistics->counted_rows[i] +=
+        taken.stream.positions_N.ge(c.Int("reserved")).sum().item<int64_t>();
+    if (c.Text("budget") != "compute") continue;
     for (const Member& m : members_[i]) {
       statistics->taken_flops[i] += Compute(m, taken, false).item<double>();
       statistics->all_flops[i] += Compute(m, taken, true).item<double>();
@@ -90,19 +93,25 @@ void Budgets::Add(const Taken& taken, BatchStatistics* statistics) const {
   }
 }
 
-/// Σ over tokens of |mean over all layers of the gate − target|; a layer without gate counts 1.
+/// Σ over tokens of |mean over all layers of the gate − target|; a layer without gate counts 1, one
+/// with two their mean.
 at::Tensor Budgets::TokenBudget(size_t method, const Taken& taken) const {
-  at::Tensor sum_N;
-  double layers = config_.num_layers;
+  std::map<int32_t, std::vector<at::Tensor>> gates;  // by layer
   for (const Member& m : members_[method]) {
     if (const Plan& plan = PlanOfRouter(taken, m.router); plan.gate_N.defined()) {
-      AddTo(&sum_N, plan.gate_N);
-      layers -= 1;
+      gates[routers_[m.router].layer].push_back(plan.gate_N);
+    }
+  }
+  at::Tensor sum_N;
+  for (const auto& [layer, of_layer] : gates) {
+    for (const at::Tensor& gate_N : of_layer) {
+      AddTo(&sum_N, gate_N / static_cast<double>(of_layer.size()));
     }
   }
   if (!sum_N.defined()) return sum_N;
   const routing::RoutingConfig& c = config_.routing[method];
-  const at::Tensor off = ((sum_N + layers) / config_.num_layers - c.Number("budget_target")).abs();
+  const double without = config_.num_layers - static_cast<double>(gates.size());
+  const at::Tensor off = ((sum_N + without) / config_.num_layers - c.Number("budget_target")).abs();
   return (off * taken.stream.positions_N.ge(c.Int("reserved"))).sum();
 }
 
@@ -120,7 +129,7 @@ Budgets::Loss Budgets::Of(const Taken& taken, const BatchStatistics& statistics,
     double sum_share = 0, sum_gate = 0, sum_rows = 0;
     for (const Member& m : members_[i]) {
       const RouterStatistics& s = statistics.routers[m.router];
-      sum_share += statistics.Share(m.router);
+      sum_share += s.ShareOfReached();
       sum_gate += s.sum_gate;
       sum_rows += static_cast<double>(s.num_rows);
     }
@@ -128,7 +137,8 @@ Budgets::Loss Budgets::Of(const Taken& taken, const BatchStatistics& statistics,
     const std::string budget = c.options.contains("budget") ? c.Text("budget") : "experts";
     if (budget == "target_token_l1") {
       if (const at::Tensor t = TokenBudget(i, taken); t.defined()) {
-        add(weights[i], 1 / num_rows, t, 0);
+        add(weights[i], 1 / static_cast<double>(std::max<int64_t>(statistics.counted_rows[i], 1)),
+            t, 0);
       }
     }
     for (const Member& m : members_[i]) {
@@ -140,13 +150,15 @@ Budgets::Loss Budgets::Of(const Taken& taken, const BatchStatistics& statistics,
         for (int64_t n : s.choices) all += static_cast<double>(n);
         at::Tensor f = at::zeros({plan.scores_NC.size(1)});
         for (size_t e = 0; e < s.choices.size(); ++e) f[e] = s.choices[e] / std::max(all, 1.0);
-        add(weights[i], static_cast<double>(s.choices.size()) / num_rows / members_[i].size(),
+        add(weights[i], static_cast<double>(s.choices.size()) / num_rows,
             (plan.scores_NC.sum(0) * f).sum(), 0);
       }
       if (!plan.gate_N.defined()) continue;
       const double share_of_rows = static_cast<double>(plan.num_rows) / sum_rows;
       if (budget == "mean_prob" && sum_share > 0) {
-        add(weights[i], statistics.Share(m.router) / sum_share / num_rows, plan.gate_N.sum(), 0);
+        const RouterStatistics& s = statistics.routers[m.router];
+        add(weights[i], s.ShareOfReached() / sum_share / static_cast<double>(s.num_rows),
+            plan.gate_N.sum(), 0);
       } else if (budget == "target_l1") {
         const double sign = excess > 0 ? 1 : -1;
         add(weights[i], sign / sum_rows, plan.gate_N.sum(), sign * target * share_of_rows);

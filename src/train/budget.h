@@ -16,6 +16,10 @@ struct RouterStatistics {
   int64_t num_routed = 0;        ///< that took the span
   double sum_gate = 0;           ///< Σ gate over rows
   std::vector<int64_t> choices;  ///< rows that chose each expert, before capacity
+
+  double ShareOfReached() const {
+    return num_rows > 0 ? static_cast<double>(num_routed) / static_cast<double>(num_rows) : 0;
+  }
 };
 
 struct BatchStatistics {
@@ -23,6 +27,7 @@ struct BatchStatistics {
   std::vector<RouterStatistics> routers;  ///< as model::Routers
   /// FLOPs of the gated spans that were taken, and of all rows, by method of the config.
   std::vector<double> taken_flops, all_flops;
+  std::vector<int64_t> counted_rows;  ///< rows that are not reserved, by method
 
   double Share(size_t router) const {
     return static_cast<double>(routers[router].num_routed) / static_cast<double>(num_rows);
@@ -52,7 +57,8 @@ class Budgets {
   /// tokens, its square. target_token_l1: mean over tokens of |mean over all layers − target|
   /// without the reserved first tokens. compute: FLOPs of the gated spans over those of all rows
   /// taken, Σ_t g_t (c_row + c_key Σ_{s≤t} g_s) in each document, where it is above the target or
-  /// held by a dual variable. Experts: E Σ f_i P_i. And the plans' own penalties, per row.
+  /// held by a dual variable. Experts: E Σ f_i P_i, f_i the share of all choices, summed over
+  /// layers. And the plans' own penalties, summed over layers, mean over tokens.
   Loss Of(const Taken& taken, const BatchStatistics& statistics,
           const std::vector<double>& weights) const;
 

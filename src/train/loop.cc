@@ -17,6 +17,7 @@
 #include "report/metrics.h"
 #include "report/status.h"
 #include "report/table.h"
+#include "routing/early_exit.h"
 #include "train/schedule.h"
 #include "train/step.h"
 
@@ -49,6 +50,7 @@ class Run {
   std::vector<eval::Batch> NextBatches(int64_t num_sequences) const;
   routing::Knobs KnobsAt(int64_t step) const;
   std::vector<double> WeightsAt(int64_t step) const;
+  std::vector<double> ExitWeightsAt(int64_t step) const;
   void UpdateDuals(const BatchStatistics& statistics);
   void CountTokens();
   void Log(const StepResult& step, double lr, double target_share, double seconds);
@@ -181,6 +183,16 @@ std::vector<double> Run::WeightsAt(int64_t step) const {
   return weights;
 }
 
+/// Loss weights of every layer's state, of a model that trains its exits.
+std::vector<double> Run::ExitWeightsAt(int64_t step) const {
+  for (const routing::RoutingConfig& r : model_.config.routing) {
+    if (r.method == "early_exit") {
+      return routing::ExitWeights(r, model_.config.num_layers, step, total_steps_);
+    }
+  }
+  return {};
+}
+
 /// Projected ascent: a constraint's weight rises while its budget is exceeded.
 void Run::UpdateDuals(const BatchStatistics& statistics) {
   const auto& methods = model_.config.routing;
@@ -269,13 +281,23 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
   tensorboard_->Scalars(state_.step, scalars);
 }
 
+/// Whether every method has a rule that serves; validation decides by the training rule if not.
+bool ServesCausally(const model::ModelConfig& config) {
+  return std::none_of(config.routing.begin(), config.routing.end(),
+                      [](const routing::RoutingConfig& r) {
+                        return r.options.contains("causal") && r.Text("causal") == "none";
+                      });
+}
+
 void Run::Validate() {
-  const eval::EvalResult result = eval::Evaluate(model_, val_,
-                                                 {.seq_len = config_.seq_len,
-                                                  .max_tokens = config_.eval_tokens,
-                                                  .micro_batch_size = config_.micro_batch_size,
-                                                  .document_attention = config_.document_attention,
-                                                  .knobs = KnobsAt(state_.step)});
+  const eval::EvalResult result =
+      eval::Evaluate(model_, val_,
+                     {.seq_len = config_.seq_len,
+                      .max_tokens = config_.eval_tokens,
+                      .micro_batch_size = config_.micro_batch_size,
+                      .document_attention = config_.document_attention,
+                      .knobs = KnobsAt(state_.step),
+                      .teacher_forced = !ServesCausally(model_.config)});
   summary_.val_loss = result.loss;
   summary_.val_bits_per_byte = result.bits_per_byte;
   summary_.val_share = result.share_routed;
@@ -339,7 +361,8 @@ TrainSummary Run::Train() {
                         .controller_rate = ControllerRate(config_, state_.step, total_steps_),
                         .activation_checkpointing = config_.activation_checkpointing,
                         .seed = config_.seed,
-                        .step = state_.step});
+                        .step = state_.step,
+                        .exit_weights = ExitWeightsAt(state_.step)});
     } catch (const Error& error) {
       status_.Finish();
       if (error.code() != "train.diverged") throw;

@@ -91,6 +91,20 @@ std::vector<double> BudgetWeights(const model::ModelConfig& config, const StepOp
   return weights;
 }
 
+/// The weighted losses of the states after every layer; `last` is that of the last.
+at::Tensor WithExits(const model::Model& model, const std::vector<double>& weights,
+                     const std::vector<at::Tensor>& states, const Batch& batch,
+                     const at::Tensor& last, int64_t num_targets) {
+  at::Tensor loss = last * weights.back();
+  for (size_t l = 0; l + 1 < states.size(); ++l) {
+    if (weights[l] == 0) continue;
+    const at::Tensor h = ops::RmsNorm(states[l], model.norm, model.config.rms_norm_eps);
+    loss = loss + ops::LinearCrossEntropy(h, model.head, batch.targets_N,
+                                          weights[l] / static_cast<double>(num_targets));
+  }
+  return loss;
+}
+
 }  // namespace
 
 StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>& batches,
@@ -111,6 +125,7 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
   for (size_t m = 0; m < batches.size(); ++m) {
     const Batch& batch = batches[m];
     std::vector<LayerPlans> taken;
+    std::vector<at::Tensor> states;
     const at::Tensor h =
         Forward(model, batch.ids_N, batch.stream,
                 {.mode = Mode::kTrain,
@@ -118,7 +133,8 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
                  .knobs = options.knobs,
                  .replay = replay ? &(*replay)[m] : nullptr,
                  .plans = &taken,
-                 .checkpoint = options.activation_checkpointing});
+                 .checkpoint = options.activation_checkpointing,
+                 .states = options.exit_weights.empty() ? nullptr : &states});
     if (!together) {
       statistics = {};
       budgets.Add({batch.stream, taken}, &statistics);
@@ -126,6 +142,8 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
     at::Tensor loss = ops::LinearCrossEntropy(h, model.head, batch.targets_N,
                                               1.0 / static_cast<double>(num_targets));
     result.loss += loss.item<double>();
+    if (!states.empty())
+      loss = WithExits(model, options.exit_weights, states, batch, loss, num_targets);
     const Budgets::Loss budget = budgets.Of({batch.stream, taken}, statistics, weights);
     result.aux_loss += budget.unweighted;
     if (budget.loss.defined()) loss = loss + budget.loss;

@@ -20,6 +20,8 @@ struct StepOptions {
   bool activation_checkpointing = false;
   uint64_t seed = 0;
   int64_t step = 0;
+  /// Weights of the losses after each layer, that of the last included; empty: only the last.
+  std::vector<double> exit_weights;
   /// [micro-batch][layer]: rows to use instead of deciding; null: decide. With several
   /// micro-batches the statistics of budgets are then each one's own.
   const std::vector<std::vector<routing::LayerPlans>>* replay = nullptr;
