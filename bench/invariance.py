@@ -31,7 +31,10 @@ def generate(args, prompts, flags):
                "--temperature", "0" if "--greedy" in flags else "0.9", "--ignore-eos", "--json",
                *(f for f in flags if f != "--greedy")]
     out = subprocess.run(command, input="\n".join(prompts), check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in out.splitlines()]
+    answers = [json.loads(line) for line in out.splitlines()]
+    for answer in answers:
+        answer.pop("peak_rss_bytes")  # alone depends on how it was made
+    return answers
 
 
 def logits_digest(args, folder, sequences, flags):

@@ -133,7 +133,8 @@ void PrintAnswers(const Options& options, const std::vector<std::string>& prompt
                        {"prompt_tokens", requests[i].prompt},
                        {"tokens", r.tokens},
                        {"routed_tokens_by_layer", r.routed_tokens},
-                       {"positions", r.num_positions}};
+                       {"positions", r.num_positions},
+                       {"peak_rss_bytes", report::PeakRssBytes()}};
     fmt::print("{}\n", line.dump(-1, ' ', false, Json::error_handler_t::replace));
   }
 }

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <memory>
@@ -17,6 +18,7 @@
 #include "infer/score.h"
 #include "io/atomic.h"
 #include "model/cost.h"
+#include "report/child.h"
 #include "report/html.h"
 #include "report/table.h"
 
@@ -40,6 +42,7 @@ struct Entry {
   eval::EvalResult eval;
   std::vector<infer::LengthFigures> lengths;
   std::string sample;
+  int64_t inference_peak_bytes = -1, inference_length = 0;
 };
 
 Json ReadJson(const std::string& path) { return ParseJson(io::ReadFile(path, 1 << 24), path); }
@@ -124,6 +127,14 @@ std::vector<report::ComparisonTable::Row> Rows(const std::vector<Entry>& entries
   row("Training memory", "peak resident", [](const Entry& e) {
     return report::FormatBytes(GetDouble(e.summary, "peak_rss_bytes", e.dir));
   });
+  row("Inference memory",
+      fmt::format("peak resident, {} tokens in one sequence",
+                  report::FormatThousands(entries[0].inference_length)),
+      [](const Entry& e) {
+        return e.inference_peak_bytes < 0
+                   ? std::string("–")
+                   : report::FormatBytes(static_cast<double>(e.inference_peak_bytes));
+      });
   for (size_t i = 0; i < entries[0].lengths.size(); ++i) {
     row(fmt::format("KV cache at {}", report::FormatThousands(entries[0].lengths[i].length)),
         "pages handed out", [i](const Entry& e) {
@@ -236,6 +247,27 @@ std::string RenderPage(const Options& options, const std::vector<Entry>& entries
   return page.Render();
 }
 
+/// Peak memory of a process that loads the model, reads a long prompt and answers one token.
+void MeasureInference(const data::Tokenizer& tokenizer, const std::vector<int32_t>& text,
+                      const std::vector<int64_t>& lengths, Entry* entry) {
+  int64_t length = lengths.front();
+  for (int64_t n : lengths) {
+    if (n <= 8192) length = std::max(length, n);
+  }
+  length = std::min<int64_t>(length, entry->model.config.max_position_embeddings - 1);
+  std::string prompt =
+      tokenizer.Decode(std::span(text).first(std::min<size_t>(length, text.size())));
+  std::replace(prompt.begin(), prompt.end(), '\n', ' ');
+  const auto answer =
+      report::OutputOf({"/proc/self/exe", "generate", "--model", entry->dir + "/latest",
+                        "--prompts", "-", "--max-tokens", "1", "--ignore-eos", "--json"},
+                       prompt + "\n");
+  if (!answer) return;
+  const Json json = ParseJson(*answer, "detour generate");
+  entry->inference_peak_bytes = GetInt(json, "peak_rss_bytes", "detour generate");
+  entry->inference_length = std::ssize(json.at("prompt_tokens"));
+}
+
 Json ToJson(const std::vector<Entry>& entries) {
   Json runs = Json::array();
   for (const Entry& e : entries) {
@@ -257,6 +289,8 @@ Json ToJson(const std::vector<Entry>& entries) {
                     {"flops_per_token", e.eval.flops_per_token},
                     {"train_tokens_per_s", GetDouble(e.summary, "tokens_per_s", e.dir)},
                     {"train_peak_rss_bytes", GetDouble(e.summary, "peak_rss_bytes", e.dir)},
+                    {"inference_length", e.inference_length},
+                    {"inference_peak_rss_bytes", e.inference_peak_bytes},
                     {"lengths", lengths}});
   }
   return runs;
@@ -284,7 +318,10 @@ void Report(const Options& options) {
     text.insert(text.end(), text.begin(), text.begin() + std::min<int64_t>(text.size(), 4096));
   }
   const auto figures = infer::MeasureLengths(models, text, lengths);
-  for (size_t i = 0; i < entries.size(); ++i) entries[i].lengths = figures[i];
+  for (size_t i = 0; i < entries.size(); ++i) {
+    entries[i].lengths = figures[i];
+    MeasureInference(*tokenizer, text, lengths, &entries[i]);
+  }
 
   const std::vector<report::ComparisonTable::Row> rows = Rows(entries);
   std::vector<report::TextTable::Column> columns = {{"", report::Align::kLeft}};

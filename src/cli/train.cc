@@ -139,13 +139,14 @@ void Train(const Options& options) {
   InstallStopHandler();
   const train::TrainSummary s = train::RunTraining(c, [] { return StopRequested(); });
   if (s.seconds == 0) return;  // the run was complete before
-  fmt::print(
-      "{}: {} steps, {} tokens in {} ({} tok/s), validation loss {:.4f}, {:.4f} bits per byte, "
-      "peak memory {}\n{}\n",
-      s.stopped_by, s.steps, report::FormatCount(static_cast<double>(s.tokens)),
-      report::FormatDuration(s.seconds), report::FormatCount(s.tokens_per_s), s.val_loss,
-      s.val_bits_per_byte, report::FormatBytes(static_cast<double>(s.peak_rss_bytes)),
-      s.checkpoint);
+  const std::string validation = s.val_loss > 0
+                                     ? fmt::format("validation loss {:.4f}, {:.4f} bits per byte, ",
+                                                   s.val_loss, s.val_bits_per_byte)
+                                     : "";
+  fmt::print("{}: {} steps, {} tokens in {} ({} tok/s), {}peak memory {}\n{}\n", s.stopped_by,
+             s.steps, report::FormatCount(static_cast<double>(s.tokens)),
+             report::FormatDuration(s.seconds), report::FormatCount(s.tokens_per_s), validation,
+             report::FormatBytes(static_cast<double>(s.peak_rss_bytes)), s.checkpoint);
 }
 
 }  // namespace
