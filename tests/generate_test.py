@@ -132,6 +132,30 @@ def test_json():
         assert dense[0] and dense[2] and not all(dense)
 
 
+def test_drafts_change_no_token():
+    """Greedy decoding drafted by the first layers, one prompt or several, stop strings included."""
+    plain = answers("--temp", 0, "-n", 30)
+    for layers in (1, 3):
+        assert answers("--temp", 0, "-n", 30, "--draft-layers", layers, "--draft-tokens", 5) == plain
+    stop = plain[0][1][8:11]
+    assert (answers("--temp", 0, "-n", 30, "--draft-layers", 2, "--stop", stop)
+            == answers("--temp", 0, "-n", 30, "--stop", stop))
+    stderr = generate("-p", PROMPTS[0], "--temp", 0, "-n", 30, "--draft-layers", 2, "--stats")[1].decode()
+    assert re.search(r"30 new tokens, [\d.]+ tok/s in decode; \d+ of \d+ drafted tokens accepted", stderr), stderr
+    for wrong in (("--temp", 1), ("--temp", 0, "--repetition-penalty", 2)):
+        expect_error("generate", "--model", model("dtrnet"), "-p", "a", "--draft-layers", 1, *wrong, says="--draft-layers")
+    expect_error("generate", "--model", model("dtrnet"), "-p", "a", "--temp", 0, "--draft-layers", 4, says="1 to 3")
+
+
+def test_exit():
+    """A dense model may stop early; a model with routers that decide may not. No threshold reached: nothing changes."""
+    plain = answers("--temp", 0, "-n", 12, method="dense")
+    assert answers("--temp", 0, "-n", 12, "--exit", "margin", "--exit-threshold", 1, method="dense") == plain
+    answers("--temp", 0, "-n", 12, "--exit", "state", "--exit-threshold", 0.3, method="dense")
+    expect_error("generate", "--model", model("dtrnet"), "-p", "a", "--exit", "margin", says="dtrnet")
+    expect_error("generate", "--model", model("dense"), "-p", "a", "--exit", "often", says="often")
+
+
 def test_stop():
     text = one(PROMPTS[0], *SAMPLED)
     reason, plain = answers(*SAMPLED, prompts=PROMPTS[:2])[0]

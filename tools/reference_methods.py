@@ -145,6 +145,8 @@ class Config:
             for site in SITES:
                 if method := self.method_of(i, site):
                     layer |= self._router_shapes(method, ROUTERS[method.name][site])
+                    if site == "mixer" and method["bypass"] == "constant":
+                        layer |= {ROUTERS[method.name][site] + "bypass_constant": (d,)}
             shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (d,)
         if not self.tied:
@@ -301,15 +303,18 @@ class Model:
         return mixed @ self.params[prefix + "o_proj.weight"].T
 
     def _value_way(self, i: int, x: Tensor) -> Tensor:
-        """What the value bypass adds: W_O repeat_kv(W_V h). The identity bypass adds nothing."""
+        """What the value bypass adds: W_O repeat_kv(W_V h), and a constant with it; the identity bypass nothing."""
         method = self.config.method_of(i, "mixer")
         if method is None or method["bypass"] == "identity":
             return torch.zeros_like(x)
         cfg, prefix = self.config, f"model.layers.{i}.self_attn."
         h = self._norm(x, f"model.layers.{i}.input_layernorm.weight")
         v = (h @ self.params[prefix + "v_proj.weight"].T).view(len(x), cfg.num_kv_heads, cfg.head_dim)
-        return v.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, 1).flatten(1) @ self.params[
+        value = v.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, 1).flatten(1) @ self.params[
             prefix + "o_proj.weight"].T
+        if method["bypass"] == "constant":
+            value = value + self.params[f"model.layers.{i}.{ROUTERS[method.name]['mixer']}bypass_constant"]
+        return value
 
     def _experts(self, i: int, h: Tensor, weights: Tensor) -> Tensor:
         prefix = f"model.layers.{i}."

@@ -139,11 +139,24 @@ void PrintAnswers(const Options& options, const std::vector<std::string>& prompt
   }
 }
 
+void PrintStats(const infer::SpeculateStats& stats) {
+  fmt::print(stderr,
+             "{} new tokens, {:.1f} tok/s in decode; {} of {} drafted tokens accepted ({}), {:.2f} "
+             "tokens a pass\n",
+             stats.new_tokens, stats.new_tokens / std::max(stats.decode_seconds, 1e-9),
+             stats.accepted, stats.drafted,
+             report::FormatPercent(static_cast<double>(stats.accepted) /
+                                   std::max<double>(static_cast<double>(stats.drafted), 1)),
+             static_cast<double>(stats.new_tokens) /
+                 std::max<double>(static_cast<double>(stats.passes), 1));
+}
+
 /// One request after the other, drafted by the first layers.
 std::vector<infer::RequestResult> SpeculateAll(const model::Model& model,
                                                const std::vector<infer::Request>& requests,
                                                const Options& options,
-                                               const infer::OnToken& on_token) {
+                                               const infer::OnToken& on_token,
+                                               infer::SpeculateStats* stats) {
   const infer::GenerateOptions& g = options.generate;
   if (g.sampling.temperature != 0 || g.sampling.repetition_penalty != 1 ||
       g.exit.kind != model::ExitRule::Kind::kNone) {
@@ -151,7 +164,6 @@ std::vector<infer::RequestResult> SpeculateAll(const model::Model& model,
          "--draft-layers: expected greedy decoding: --temp 0, no --repetition-penalty, no --exit");
   }
   infer::CheckRequests(model.config, requests);
-  infer::SpeculateStats stats;
   std::vector<infer::RequestResult> results;
   for (size_t i = 0; i < requests.size(); ++i) {
     infer::SpeculateOptions speculate = options.speculate;
@@ -159,24 +171,12 @@ std::vector<infer::RequestResult> SpeculateAll(const model::Model& model,
     speculate.prefill_chunk = g.prefill_chunk;
     speculate.eos_id = g.eos_id;
     infer::SpeculateResult r = infer::Speculate(
-        model, requests[i].prompt, speculate, [&](int32_t t) { return on_token(i, t); }, &stats);
+        model, requests[i].prompt, speculate, [&](int32_t t) { return on_token(i, t); }, stats);
     infer::RequestResult& result = results.emplace_back();
     result.num_positions = std::ssize(requests[i].prompt) + std::ssize(r.tokens) - 1;
     result.routed_tokens.assign(model.layers.size(), result.num_positions);
     result.tokens = std::move(r.tokens);
     result.finish_reason = std::move(r.finish_reason);
-  }
-  if (options.stats) {
-    fmt::print(
-        stderr,
-        "{} new tokens, {:.1f} tok/s in decode; {} of {} drafted tokens accepted ({}), {:.2f} "
-        "tokens a pass\n",
-        stats.new_tokens, stats.new_tokens / std::max(stats.decode_seconds, 1e-9), stats.accepted,
-        stats.drafted,
-        report::FormatPercent(static_cast<double>(stats.accepted) /
-                              std::max<double>(static_cast<double>(stats.drafted), 1)),
-        static_cast<double>(stats.new_tokens) /
-            std::max<double>(static_cast<double>(stats.passes), 1));
   }
   return results;
 }
@@ -228,8 +228,9 @@ void Generate(Options& options) {
     return !answers[request].stopped() && !StopRequested();
   };
   infer::GenerateStats stats;
+  infer::SpeculateStats drafts;
   const auto results = options.speculate.draft_layers > 0
-                           ? SpeculateAll(model, requests, options, on_token)
+                           ? SpeculateAll(model, requests, options, on_token, &drafts)
                            : infer::Generate(model, requests, options.generate, on_token, &stats);
   echo();
   for (size_t i = 0; i < prompts.size(); ++i) emit(i, answers[i].Finish());
@@ -239,7 +240,10 @@ void Generate(Options& options) {
     PrintAnswers(options, prompts, requests, results, texts);
   }
   std::fflush(stdout);
-  if (options.stats && options.speculate.draft_layers == 0) {
+  if (!options.stats) return;
+  if (options.speculate.draft_layers > 0) {
+    PrintStats(drafts);
+  } else {
     PrintStats(stats, model.config, results);
   }
 }

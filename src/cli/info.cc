@@ -16,6 +16,7 @@ namespace {
 struct Options {
   std::string model, lengths = "2048,8192,20480";
   double share = 0.1;
+  int64_t match_flops = 0;
   bool json = false;
 };
 
@@ -101,6 +102,11 @@ void Print(const model::ModelConfig& c, double share, const std::vector<Row>& ro
 
 void Info(const Options& options) {
   const model::ModelConfig config = model::LoadConfig(options.model);
+  if (options.match_flops > 0) {
+    fmt::print("{}\n",
+               ConfigToJson(MatchFlops(config, options.match_flops, options.share)).dump(2));
+    return;
+  }
   std::vector<Row> rows;
   for (int64_t n : ParseLengths("--seq-len", options.lengths)) {
     rows.push_back(RowFor(config, n, options.share));
@@ -123,6 +129,10 @@ void AddInfoCommand(CLI::App& app) {
   sub->add_option("--share", options->share, "Share of tokens that attend in routed layers")
       ->check(Number(0, 1))
       ->capture_default_str();
+  sub->add_option(
+         "--match-flops", options->match_flops,
+         "Print instead the config of the dense model of equal causal FLOPs at this length")
+      ->check(CLI::PositiveNumber);
   AddFlag(*sub, "--json,!--no-json", options->json, "Print JSON");
   sub->footer("Example:\n  detour info configs/dtrnet-360m.json --seq-len 2048,8192,20480");
   sub->callback([options] { Info(*options); });

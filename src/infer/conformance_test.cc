@@ -41,6 +41,9 @@ std::vector<Variant> Variants() {
       v("dtrnet", {{"method", "dtrnet"}, {"aux_loss_coeff", 0.1}}),
       v("dtrnet_identity", {{"method", "dtrnet"}, {"bypass", "identity"}}),
       v("dtrnet_identity_all_keys", {{"method", "dtrnet"}, {"bypass", "identity"}, {"kv", "all"}}),
+      v("dtrnet_constant", {{"method", "dtrnet"}, {"bypass", "constant"}}),
+      v("dtrnet_constant_ste", {{"method", "dtrnet"}, {"bypass", "constant"}, {"estimator", "ste"}},
+        false),
       v("dtrnet_ste", {{"method", "dtrnet"}, {"estimator", "ste"}, {"key_gradient", true}}, false),
       v("dtrnet_gumbel", {{"method", "dtrnet"}, {"estimator", "gumbel_ste"}}, false),
       v("dtrnet_soft", {{"method", "dtrnet"}, {"estimator", "soft"}}),
@@ -116,7 +119,11 @@ model::Model ModelOf(const Variant& variant, int64_t head_dim = 32) {
   std::iota(counts.begin(), counts.end(), 1);
   for (model::LayerWeights& layer : m.layers) {
     for (const auto& router : layer.routers) {
-      if (router) router->SetFrequencies(counts);
+      if (!router) continue;
+      router->SetFrequencies(counts);
+      router->ForEachTensor([](const std::string& name, at::Tensor& t) {
+        if (name.ends_with("bypass_constant")) t.copy_(at::linspace(-0.3, 0.4, t.numel()));
+      });
     }
   }
   return m;
@@ -182,6 +189,23 @@ TEST_P(Conformance, RoutersSplitTheRows) {
     if (plan.experts.empty() && serves) {
       EXPECT_GT(plan.NumRouted(), 0) << id.name;
       EXPECT_LT(plan.NumRouted(), plan.num_rows) << id.name;
+    }
+  }
+}
+
+TEST_P(Conformance, TheControllerReachesAnyShare) {
+  model::Model m = ModelOf(GetParam());
+  const eval::Batch batch = BatchOf({150, 150});
+  for (const double target : {0.05, 0.35, 0.95}) {
+    train::SettleShares(m, {batch}, target);
+    std::vector<routing::LayerPlans> plans;
+    LogitsOf(m, batch, &plans);
+    for (const model::RouterId& id : model::Routers(m.config)) {
+      routing::Router& router = *m.layers[id.layer].router(id.site);
+      const routing::Plan& plan = *PlanOf(plans[id.layer], id.site).plan;
+      if (router.num_experts() > 0 || !router.ShiftBias(0)) continue;
+      // Tokens that occur twice may tie in the first layers.
+      EXPECT_NEAR(plan.NumRouted(), target * plan.num_rows, 0.01 * plan.num_rows + 6) << id.name;
     }
   }
 }

@@ -58,6 +58,12 @@ at::Tensor SwiGlu(const at::Tensor& h_ND, const FfnWeights& w) {
   return ops::Linear(ops::SiluMul(ops::Linear(h_ND, w.gate), ops::Linear(h_ND, w.up)), w.down);
 }
 
+/// f with the bypass's constant added to the rows that take it.
+at::Tensor AddConstant(const at::Tensor& f_ND, const Plan& plan) {
+  const at::Tensor rows = ops::GatherRows(f_ND, plan.bypass_rows) + plan.bypass_D;
+  return ops::ReplaceRows(f_ND, plan.bypass_rows, rows);
+}
+
 /// x with f_RD, the answer for the plan's rows, added to those with their weights.
 at::Tensor AddToRows(const at::Tensor& x_ND, const Plan& plan, const at::Tensor& f_RD) {
   if (plan.all_routed) return ops::AddScaled(x_ND, f_RD, plan.weight_N);
@@ -78,7 +84,8 @@ at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor
     return Attention(model, layer, x_ND, stream, p, store, own ? &*own : gated);
   };
   if (plan.soft) return AddSoftly(x_ND, plan, attention);
-  const at::Tensor f = attention(plan);
+  at::Tensor f = attention(plan);
+  if (plan.bypass_D.defined() && !plan.all_routed) f = AddConstant(f, plan);
   const at::Tensor y = plan.bypass == Bypass::kValue ? ops::AddScaled(x_ND, f, plan.weight_N)
                                                      : AddToRows(x_ND, plan, f);
   if (!plan.counterfactual) return y;

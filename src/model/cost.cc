@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 
+#include "core/error.h"
 #include "routing/registry.h"
 
 namespace detour::model {
@@ -25,7 +26,7 @@ struct LayerRouters {
       if (!std::binary_search(r.layers.begin(), r.layers.end(), l)) continue;
       for (auto& router : routing::FindMethod(r.method).make(r, RouterShape(c), l)) {
         if (router->site() == Site::kMixer) {
-          value_bypass = r.Text("bypass") == "value";
+          value_bypass = r.Text("bypass") != "identity";
           write_all = r.Text("kv") == "all";
         }
         if (router->num_experts() > 0) experts_per_row = r.Int("top_k");
@@ -148,6 +149,32 @@ Flops ForwardFlops(const ModelConfig& c, int64_t num_tokens, const std::vector<L
 
 Flops ForwardFlops(const ModelConfig& c, int64_t num_tokens, double share, Counting counting) {
   return ForwardFlops(c, num_tokens, RowsAtShare(c, num_tokens, share), counting);
+}
+
+ModelConfig MatchFlops(const ModelConfig& c, int64_t num_tokens, double share) {
+  const double target = ForwardFlops(c, num_tokens, share, Counting::kCausal).Total();
+  ModelConfig twin = DenseTwin(c), best;
+  const auto total = [&] { return ForwardFlops(twin, num_tokens, 1.0, Counting::kCausal).Total(); };
+  double least = 0;
+  for (int32_t layers = 1; layers <= 4 * c.num_layers; ++layers) {
+    twin.num_layers = layers;
+    twin.intermediate_size = c.intermediate_size;
+    const double per_f = 6.0 * static_cast<double>(c.hidden_size * num_tokens) * layers;
+    const double f = static_cast<double>(c.intermediate_size) + (target - total()) / per_f;
+    if (f < 1) break;
+    twin.intermediate_size = std::llround(f);
+    const double change = std::abs(std::log(f / static_cast<double>(c.intermediate_size)));
+    if (best.num_layers == 0 || change < least) {
+      best = twin;
+      least = change;
+    }
+  }
+  twin = best;
+  if (best.num_layers == 0 || std::abs(total() / target - 1) > 0.005) {
+    Fail("info.match", "no dense model of this width has the FLOPs of {} at length {} within 0.5 %",
+         MethodName(c), num_tokens);
+  }
+  return best;
 }
 
 double KvBytes(const ModelConfig& c, int64_t num_tokens, double share) {

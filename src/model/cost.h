@@ -48,6 +48,11 @@ Flops ForwardFlops(const ModelConfig& config, int64_t num_tokens,
                    const std::vector<LayerRows>& rows, Counting counting);
 Flops ForwardFlops(const ModelConfig& config, int64_t num_tokens, double share, Counting counting);
 
+/// The dense config of the same width and heads whose causal FLOPs at T tokens are those of
+/// `config` at `share`: of the numbers of layers the one that lets F stay nearest to its own, then
+/// that F. The result is within 0.5 % or an Error("info.match").
+ModelConfig MatchFlops(const ModelConfig& config, int64_t num_tokens, double share);
+
 /// Σ_l entries_l · (2·G·K·4 bytes, + 4 bytes position where rows may be missing), for `num_tokens`
 /// cached tokens; a gate lets `share` of them in. Without page rounding.
 double KvBytes(const ModelConfig& config, int64_t num_tokens, double share);

@@ -122,6 +122,25 @@ TEST(Cost, RatiosOfThe360mModel) {
   EXPECT_NEAR(RatioToDense(config, 20480, Counting::kFull), 0.61, 0.005);
 }
 
+TEST(Cost, DenseTwinOfEqualFlops) {
+  for (const char* name : {"dtrnet-360m", "dtrnet-1.3b", "demo"}) {
+    const ModelConfig c = LoadConfig(kSource + "/configs/" + name + ".json");
+    for (const int64_t n : {1024, 20480}) {
+      for (const double share : {0.1, 0.5}) {
+        const ModelConfig twin = MatchFlops(c, n, share);
+        EXPECT_TRUE(twin.routing.empty());
+        EXPECT_NEAR(ForwardFlops(twin, n, 1.0, Counting::kCausal).Total() /
+                        ForwardFlops(c, n, share, Counting::kCausal).Total(),
+                    1, 0.005);
+        EXPECT_LE(twin.num_layers, c.num_layers);
+      }
+    }
+    const ModelConfig same = MatchFlops(DenseTwin(c), 2048, 0.1);
+    EXPECT_EQ(same.num_layers, c.num_layers);
+    EXPECT_EQ(same.intermediate_size, c.intermediate_size);
+  }
+}
+
 TEST(Cost, KvBytes) {
   const ModelConfig c = RandomShape(false);
   const double entry = 2 * 2 * 20 * 4;

@@ -58,7 +58,10 @@ at::Tensor MixerDifference(const Model& model, const LayerWeights& layer, const 
   if (!plan.all_routed) {
     difference = JoinRows(difference, plan, AttendLeftOut(model, layer, x_ND, stream, plan));
   }
-  return plan.bypass == Bypass::kValue ? difference - ValueWay(model, layer, x_ND) : difference;
+  if (plan.bypass == Bypass::kIdentity) return difference;
+  at::Tensor bypass = ValueWay(model, layer, x_ND);
+  if (plan.bypass_D.defined()) bypass = bypass + plan.bypass_D;
+  return difference - bypass;
 }
 
 at::Tensor FfnDifference(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
@@ -96,7 +99,9 @@ at::Tensor AddSoftly(const at::Tensor& x_ND, const Plan& plan,
   if (plan.bypass == Bypass::kIdentity) return y;
   Plan nobody{.bypass = plan.bypass};
   SetRows(std::vector<uint8_t>(x_ND.size(0), 0), &nobody);
-  return ops::AddScaled(y, attention(nobody), 1 - plan.gate_N);
+  at::Tensor bypass = attention(nobody);
+  if (plan.bypass_D.defined()) bypass = bypass + plan.bypass_D;
+  return ops::AddScaled(y, bypass, 1 - plan.gate_N);
 }
 
 }  // namespace detour::model

@@ -18,7 +18,7 @@ std::vector<Option> GateOptions() {
       ChoiceOption("estimator", "prob_gate", {"prob_gate", "ste", "gumbel_ste", "soft"},
                    "how the decision carries a gradient"),
       NumberOption("temperature", 1.0, 1e-3, 1e3, "of the Gumbel noise"),
-      ChoiceOption("bypass", "identity", {"identity", "value"},
+      ChoiceOption("bypass", "identity", {"identity", "value", "constant"},
                    "what a row does that does not attend"),
       ChoiceOption("kv", "executed", {"executed", "all"}, "rows that write keys and values"),
       FlagOption("key_gradient", false, "a key that is not written carries gradient (ste)"),
@@ -37,15 +37,15 @@ std::vector<Option> GateOptions() {
 }
 
 void CheckGate(const RoutingConfig& config, std::vector<std::string>* faults) {
-  if (config.Text("bypass") == "value" && config.Text("kv") == "all") {
+  if (config.Text("bypass") != "identity" && config.Text("kv") == "all") {
     faults->push_back(
-        "bypass \"value\" and kv \"all\" do not go together: with every key written "
+        "bypass and kv \"all\" do not go together: with every key written "
         "the bypass is \"identity\"");
   }
 }
 
 void CheckLayerGate(const RoutingConfig& config, std::vector<std::string>* faults) {
-  if (config.Text("bypass") == "value") {
+  if (config.Text("bypass") != "identity") {
     faults->push_back(
         "bypass: expected \"identity\": rows that skip a whole layer get nothing of it");
   }
@@ -166,11 +166,15 @@ class Gate : public Router {
       : Router(site),
         estimator_(config.Text("estimator")),
         temperature_(config.Number("temperature")),
-        bypass_(config.Text("bypass") == "value" ? Bypass::kValue : Bypass::kIdentity),
+        bypass_(config.Text("bypass") == "identity" ? Bypass::kIdentity : Bypass::kValue),
         write_all_(config.Text("kv") == "all"),
         key_gradient_(config.Flag("key_gradient")),
         reserved_(config.Int("reserved")),
         control_(MakeControl(config, shape, prefix)) {
+    if (config.Text("bypass") == "constant" && site == Site::kMixer) {
+      constant_D_ = at::zeros({shape.dim});
+      constant_name_ = prefix + "bypass_constant";
+    }
     const int64_t hidden = config.Int("hidden");
     if (!control_) {
       scorer_ = MakeScorer(config.Text("scorer"), shape,
@@ -182,6 +186,7 @@ class Gate : public Router {
     Plan plan;
     plan.bypass = bypass_;
     plan.write_all = write_all_;
+    plan.bypass_D = constant_D_;
     if (control_) {
       SetRows(Reserve(taps.stream, args.replay ? RoutedFlags(*args.replay)
                                                : control_->Rows(taps.stream, args.layer)),
@@ -210,6 +215,7 @@ class Gate : public Router {
   }
 
   void ForEachTensor(const TensorVisitor& visit) override {
+    if (constant_D_.defined()) visit(constant_name_, constant_D_);
     if (scorer_) scorer_->ForEachTensor(visit);
     if (control_) control_->ForEachTensor(visit);
   }
@@ -225,7 +231,8 @@ class Gate : public Router {
   }
   int64_t FlopsPerRow() const override { return scorer_ ? scorer_->FlopsPerRow() : 0; }
   int64_t NumParameters() const override {
-    return scorer_ ? scorer_->NumParameters() : control_->NumParameters();
+    return (scorer_ ? scorer_->NumParameters() : control_->NumParameters()) +
+           (constant_D_.defined() ? constant_D_.numel() : 0);
   }
 
  private:
@@ -294,6 +301,8 @@ class Gate : public Router {
   Bypass bypass_;
   bool write_all_, key_gradient_;
   int64_t reserved_;
+  at::Tensor constant_D_;  // undefined unless bypass is "constant"
+  std::string constant_name_;
   std::unique_ptr<Control> control_;
   std::unique_ptr<GateScorer> scorer_;  // null with a control
 };

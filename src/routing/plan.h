@@ -57,6 +57,7 @@ struct Plan {
   at::Tensor rows_R;  ///< i32: rows that take the span (at the mixer: query, and write K and V)
   at::Tensor bypass_rows;  ///< i32: the others
   Bypass bypass = Bypass::kIdentity;
+  at::Tensor bypass_D;  ///< f32 with gradient, what the value bypass adds beside; undefined: none
   bool write_all = false;           ///< bypassed rows write K and V all the same
   std::vector<ExpertRows> experts;  ///< ffn span of a layer with experts
 

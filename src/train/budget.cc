@@ -32,7 +32,7 @@ Budgets::Budgets(const model::ModelConfig& c)
   for (size_t i = 0; i < c.routing.size(); ++i) {
     const routing::RoutingConfig& method = c.routing[i];
     const auto& sites = routing::FindMethod(method.method).sites;
-    const bool value = method.options.contains("bypass") && method.Text("bypass") == "value";
+    const bool value = method.options.contains("bypass") && method.Text("bypass") != "identity";
     const double mixer = 2 * d * (q + kv) + (value ? 0 : 2 * d * (q + kv));
     const double ffn = 6 * d * static_cast<double>(c.intermediate_size);
     for (size_t r = 0; r < routers_.size(); ++r) {
