@@ -134,13 +134,15 @@ at::Tensor RunLayer(const Model& model, const LayerWeights& layer, const at::Ten
     return experts ? Experts(layer, y, h, plans->ffn) : Ffn(model, layer, y, plans->ffn);
   };
   const Plan& plan = plans->layer = decide(Site::kLayer, {x_ND, none, stream});
-  if (plan.all_routed && !plan.weight_N.defined() && !plan.soft) return both(x_ND, stream);
   if (plan.soft) return ops::AddScaled(x_ND, both(x_ND, stream) - x_ND, plan.gate_N);
   if (plan.key_gradient) gated = KeysOf(model, layer, x_ND, stream, plan);
   const at::Tensor x_RD = plan.all_routed ? x_ND : ops::GatherRows(x_ND, plan.rows_R);
-  const at::Tensor y_RD = both(x_RD, plan.all_routed ? stream : stream.Select(plan.rows_R));
-  const at::Tensor y = plan.weight_N.defined() ? AddToRows(x_ND, plan, y_RD - x_RD)
-                                               : ops::ReplaceRows(x_ND, plan.rows_R, y_RD);
+  at::Tensor y = both(x_RD, plan.all_routed ? stream : stream.Select(plan.rows_R));
+  if (plan.weight_N.defined()) {
+    y = AddToRows(x_ND, plan, y - x_RD);
+  } else if (!plan.all_routed) {
+    y = ops::ReplaceRows(x_ND, plan.rows_R, y);
+  }
   if (!plan.counterfactual) return y;
   return ops::GateGradient(y, LayerDifference(model, layer, x_ND, y, stream, plan), plan.gate_N);
 }

@@ -23,6 +23,7 @@ struct Case {
   Site site = Site::kMixer;
   Bypass bypass = Bypass::kIdentity;
   bool keys = false, write_all = false;
+  double share = 0.4;  // of rows that take the span
 };
 
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
@@ -127,7 +128,7 @@ TEST_P(StraightThrough, GradientsAreThoseOfBothWays) {
     probe[i] = static_cast<float>(rng.Normal(100000 + i));
   }
   std::vector<uint8_t> flags(n);
-  for (int64_t i = 0; i < n; ++i) flags[i] = rng.Uniform(200000 + i) < 0.4;
+  for (int64_t i = 0; i < n; ++i) flags[i] = rng.Uniform(200000 + i) < c.share;
   at::Tensor x = at::tensor(values).view({n, 24}).requires_grad_();
   const at::Tensor r = at::tensor(probe).view({n, 24});
   Plan plan{.bypass = c.bypass, .write_all = c.write_all};
@@ -167,7 +168,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"mixer_value_keys", Site::kMixer, Bypass::kValue, true},
                     Case{"mixer_identity_keys", Site::kMixer, Bypass::kIdentity, true},
                     Case{"mixer_all_keys_visible", Site::kMixer, Bypass::kIdentity, false, true},
-                    Case{"ffn", Site::kFfn}, Case{"layer", Site::kLayer},
+                    Case{"ffn", Site::kFfn},
+                    Case{"mixer_all", Site::kMixer, Bypass::kValue, true, false, 1.0},
+                    Case{"mixer_none", Site::kMixer, Bypass::kValue, true, false, 0.0},
+                    Case{"layer_all", Site::kLayer, Bypass::kIdentity, true, false, 1.0},
+                    Case{"layer_none", Site::kLayer, Bypass::kIdentity, true, false, 0.0},
+                    Case{"layer", Site::kLayer},
                     Case{"layer_keys", Site::kLayer, Bypass::kIdentity, true}),
     [](const auto& info) { return info.param.name; });
 

@@ -30,6 +30,15 @@ namespace {
 /// Training text on which the ratio controller makes its last move.
 constexpr int64_t kSettleTokens = 65536;
 
+bool HasShiftableRouter(model::Model& model) {
+  for (model::LayerWeights& layer : model.layers) {
+    for (const auto& router : layer.routers) {
+      if (router && router->ShiftBias(0)) return true;
+    }
+  }
+  return false;
+}
+
 /// The state and the outputs of one run.
 class Run {
  public:
@@ -102,6 +111,10 @@ void Run::Prepare() {
          config_.out_dir);
   }
   model_ = resume.empty() ? InitialModel(config_) : model::LoadModel(resume);
+  if (ControllerOn(config_) && !HasShiftableRouter(model_)) {
+    Fail("train.config", "--target-share: no router of method {} has a bias that could be moved",
+         MethodName(model_.config));
+  }
   for (const routing::RoutingConfig& r : model_.config.routing) {
     state_.duals.push_back(r.NumberOr("aux_loss_coeff", 0));
   }
