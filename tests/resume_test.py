@@ -17,6 +17,13 @@ RUNS = {
     "dtrnet_recompute": ["--target-share", 0.3, "--activation-checkpointing"],
     "dtrnet_accumulate": ["--target-share", 0.3, "--micro-batch-size", 1, "--global-batch-size", 4],
     "dtrnet_aux_wsd": ["--aux-loss-coeff", 0.01, "--lr-schedule", "wsd", "--seed", 7],
+    "dtrnet_constraint": ["--routing", "budget=compute", "--routing", "dual_rate=1.0", "--routing", "budget_target=0.3"],
+    "dtrnet_frequency": ["--routing", "decider=frequency", "--routing", "share=0.3"],
+    "mod": ["--method", "mod", "--target-share", 0.125, "--schedule", "capacity: 1->0.125 cosine 0..0.5"],
+    "dllm": ["--method", "dllm", "--routing", "hidden=16", "--schedule", "aux_loss_coeff: 0->5 sine"],
+    "moe_bias": ["--method", "moe", "--routing", "experts=4", "--routing", "bias_rate=0.01", "--routing", "jitter=0.01"],
+    "skip": ["--method", "skip", "--schedule", "temperature: 5->1 linear"],
+    "early_exit": ["--method", "early_exit", "--routing", "max_dropout=0.5"],
 }
 
 

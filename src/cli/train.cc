@@ -143,10 +143,17 @@ void Train(const Options& options) {
                                      ? fmt::format("validation loss {:.4f}, {:.4f} bits per byte, ",
                                                    s.val_loss, s.val_bits_per_byte)
                                      : "";
-  fmt::print("{}: {} steps, {} tokens in {} ({} tok/s), {}peak memory {}\n{}\n", s.stopped_by,
-             s.steps, report::FormatCount(static_cast<double>(s.tokens)),
-             report::FormatDuration(s.seconds), report::FormatCount(s.tokens_per_s), validation,
-             report::FormatBytes(static_cast<double>(s.peak_rss_bytes)), s.checkpoint);
+  const std::string serving =
+      s.serving_flops_per_token > 0
+          ? fmt::format(", {} serving", report::FormatCount(s.serving_flops_per_token))
+          : "";
+  fmt::print(
+      "{}: {} steps, {} tokens in {} ({} tok/s), {}peak memory {}\nforward FLOP per token as "
+      "executed: {} in training{}\n{}\n",
+      s.stopped_by, s.steps, report::FormatCount(static_cast<double>(s.tokens)),
+      report::FormatDuration(s.seconds), report::FormatCount(s.tokens_per_s), validation,
+      report::FormatBytes(static_cast<double>(s.peak_rss_bytes)),
+      report::FormatCount(s.train_flops_per_token), serving, s.checkpoint);
 }
 
 }  // namespace

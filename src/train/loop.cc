@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "core/error.h"
+#include "core/op_counter.h"
 #include "data/tokenizer.h"
 #include "eval/perplexity.h"
 #include "io/atomic.h"
@@ -314,6 +315,7 @@ void Run::Validate() {
   summary_.val_loss = result.loss;
   summary_.val_bits_per_byte = result.bits_per_byte;
   summary_.val_share = result.share_routed;
+  summary_.serving_flops_per_token = result.flops_per_token;
   Json record = {{"val_loss", result.loss}, {"val_bits_per_byte", result.bits_per_byte}};
   std::string share_text;
   if (!model_.config.routing.empty()) {
@@ -357,12 +359,13 @@ TrainSummary Run::Train() {
   }
   summary_.seconds = state_.seconds;
   const double seconds_before = state_.seconds;
-  int64_t tokens_now = 0;
+  int64_t tokens_now = 0, flops_now = 0;
   while (state_.step < total_steps_) {
     const double start = report::MonotonicSeconds();
     const double lr = LearningRate(config_, state_.step, total_steps_);
     const double target =
         config_.target_share > 0 ? TargetShare(config_, state_.step, total_steps_) : 0;
+    const int64_t flops_before = GlobalOpCounter().Total();
     StepResult step;
     try {
       step = TrainStep(model_, *optimizer_, NextBatches(config_.global_batch_size),
@@ -383,6 +386,7 @@ TrainSummary Run::Train() {
                                     "; last checkpoint: " +
                                     (summary_.checkpoint.empty() ? "none" : summary_.checkpoint));
     }
+    flops_now += GlobalOpCounter().Total() - flops_before;
     UpdateDuals(step.statistics);
     const int64_t tokens = config_.global_batch_size * config_.seq_len;
     state_.step += 1;
@@ -417,6 +421,8 @@ TrainSummary Run::Train() {
   summary_.steps = state_.step;
   summary_.tokens = state_.tokens;
   summary_.tokens_per_s = tokens_now / std::max(summary_.seconds - seconds_before, 1e-9);
+  summary_.train_flops_per_token =
+      static_cast<double>(flops_now) / static_cast<double>(std::max<int64_t>(tokens_now, 1));
   summary_.peak_rss_bytes = report::PeakRssBytes();
   const Json json = {{"steps", summary_.steps},
                      {"tokens", summary_.tokens},
@@ -426,6 +432,8 @@ TrainSummary Run::Train() {
                      {"val_loss", summary_.val_loss},
                      {"val_bits_per_byte", summary_.val_bits_per_byte},
                      {"val_share", summary_.val_share},
+                     {"train_forward_flops_per_token", summary_.train_flops_per_token},
+                     {"serving_flops_per_token", summary_.serving_flops_per_token},
                      {"stopped_by", summary_.stopped_by}};
   io::WriteFileAtomic(config_.out_dir + "/summary.json", json.dump(2) + "\n");
   return summary_;

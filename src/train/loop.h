@@ -15,6 +15,9 @@ struct TrainSummary {
   double loss = 0;     ///< of the last step
   double val_loss = 0, val_bits_per_byte = 0, val_share = 0;
   double tokens_per_s = 0;
+  /// Forward FLOPs per token as executed: in training with both ways of a gate where its estimator
+  /// needs them and the pass that decides for several micro-batches; when serving, in validation.
+  double train_flops_per_token = 0, serving_flops_per_token = 0;
   int64_t peak_rss_bytes = 0;
   std::string checkpoint;  ///< the last one written
   std::string stopped_by;  ///< "done", "max-time", "signal"
