@@ -65,7 +65,7 @@ at::Tensor AddConstant(const at::Tensor& f_ND, const Plan& plan) {
 }
 
 /// x with f_RD, the answer for the plan's rows, added to those with their weights.
-at::Tensor AddToRows(const at::Tensor& x_ND, const Plan& plan, const at::Tensor& f_RD) {
+at::Tensor AddAnswer(const at::Tensor& x_ND, const Plan& plan, const at::Tensor& f_RD) {
   if (plan.all_routed) return ops::AddScaled(x_ND, f_RD, plan.weight_N);
   const at::Tensor weight_R =
       plan.weight_N.defined() ? plan.weight_N.index_select(0, plan.rows_R) : at::Tensor();
@@ -87,7 +87,7 @@ at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor
   at::Tensor f = attention(plan);
   if (plan.bypass_D.defined() && !plan.all_routed) f = AddConstant(f, plan);
   const at::Tensor y = plan.bypass == Bypass::kValue ? ops::AddScaled(x_ND, f, plan.weight_N)
-                                                     : AddToRows(x_ND, plan, f);
+                                                     : AddAnswer(x_ND, plan, f);
   if (!plan.counterfactual) return y;
   return ops::GateGradient(y, MixerDifference(model, layer, x_ND, y, stream, plan), plan.gate_N);
 }
@@ -99,7 +99,7 @@ at::Tensor Ffn(const Model& model, const LayerWeights& layer, const at::Tensor& 
   };
   if (plan.soft) return ops::AddScaled(x_ND, mlp(x_ND), plan.gate_N);
   const at::Tensor x_RD = plan.all_routed ? x_ND : ops::GatherRows(x_ND, plan.rows_R);
-  const at::Tensor y = AddToRows(x_ND, plan, mlp(x_RD));
+  const at::Tensor y = AddAnswer(x_ND, plan, mlp(x_RD));
   if (!plan.counterfactual) return y;
   return ops::GateGradient(y, FfnDifference(model, layer, x_ND, y, plan), plan.gate_N);
 }
@@ -110,13 +110,16 @@ at::Tensor Experts(const LayerWeights& layer, at::Tensor x_ND, const at::Tensor&
   if (layer.ffn.gate.weight.defined()) {
     x_ND = ops::AddScaled(x_ND, SwiGlu(h_ND, layer.ffn), at::Tensor());
   }
+  std::vector<at::Tensor> rows, answers, weights;
   for (size_t e = 0; e < plan.experts.size(); ++e) {
-    const auto& [rows, weight] = plan.experts[e];
-    if (rows.size(0) == 0) continue;
-    const at::Tensor f_RD = SwiGlu(ops::GatherRows(h_ND, rows), layer.experts[e]);
-    x_ND = ops::ReplaceRows(x_ND, rows, ops::AddScaled(ops::GatherRows(x_ND, rows), f_RD, weight));
+    const routing::ExpertRows& expert = plan.experts[e];
+    if (expert.rows.size(0) == 0) continue;
+    rows.push_back(expert.rows);
+    weights.push_back(expert.weight);
+    answers.push_back(SwiGlu(ops::GatherRows(h_ND, expert.rows), layer.experts[e]));
   }
-  return x_ND;
+  if (rows.empty()) return x_ND;
+  return ops::AddToRows(x_ND, at::cat(rows), at::cat(answers), at::cat(weights));
 }
 
 at::Tensor RunLayer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
@@ -139,7 +142,7 @@ at::Tensor RunLayer(const Model& model, const LayerWeights& layer, const at::Ten
   const at::Tensor x_RD = plan.all_routed ? x_ND : ops::GatherRows(x_ND, plan.rows_R);
   at::Tensor y = both(x_RD, plan.all_routed ? stream : stream.Select(plan.rows_R));
   if (plan.weight_N.defined()) {
-    y = AddToRows(x_ND, plan, y - x_RD);
+    y = AddAnswer(x_ND, plan, y - x_RD);
   } else if (!plan.all_routed) {
     y = ops::ReplaceRows(x_ND, plan.rows_R, y);
   }

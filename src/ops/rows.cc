@@ -173,6 +173,27 @@ struct ReplaceRowsFn : Function<ReplaceRowsFn> {
   }
 };
 
+struct AddToRowsFn : Function<AddToRowsFn> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& rows,
+                            const at::Tensor& f, const at::Tensor& weight) {
+    at::Tensor y = x.clone();
+    const int64_t dim = x.size(1);
+    for (int64_t r = 0; r < rows.size(0); ++r) {
+      float* row = F32(y) + I32(rows)[r] * dim;
+      kernels::AddScaledRows(row, F32(f) + r * dim, F32(weight) + r, 1, dim, row);
+    }
+    ctx->save_for_backward({rows, f, weight});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &f = saved[1], &weight = saved[2];
+    const at::Tensor dy_R = grads[0].index_select(0, saved[0]);
+    return {grads[0], at::Tensor(), dy_R * weight.unsqueeze(1), at::linalg_vecdot(dy_R, f, -1)};
+  }
+};
+
 struct StraightThroughFn : Function<StraightThroughFn> {
   static at::Tensor forward(AutogradContext*, const at::Tensor& hard, const at::Tensor&) {
     return hard.clone();
@@ -264,6 +285,11 @@ at::Tensor GatherRows(const at::Tensor& x_ND, const at::Tensor& rows_R) {
 
 at::Tensor ReplaceRows(const at::Tensor& x_ND, const at::Tensor& rows_R, const at::Tensor& y_RD) {
   return ReplaceRowsFn::apply(x_ND, rows_R, y_RD);
+}
+
+at::Tensor AddToRows(const at::Tensor& x_ND, const at::Tensor& rows_R, const at::Tensor& f_RD,
+                     const at::Tensor& weight_R) {
+  return AddToRowsFn::apply(x_ND, rows_R, f_RD, weight_R);
 }
 
 at::Tensor StraightThrough(const at::Tensor& hard_N, const at::Tensor& soft_N) {

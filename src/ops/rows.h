@@ -26,6 +26,11 @@ at::Tensor GatherRows(const at::Tensor& x_ND, const at::Tensor& rows_R);
 /// x with row rows_R[r] replaced by y[r].
 at::Tensor ReplaceRows(const at::Tensor& x_ND, const at::Tensor& rows_R, const at::Tensor& y_RD);
 
+/// x with weight[r] · f[r] added to row rows[r], one after the other (a row may come several
+/// times), one fused multiply-add per element.
+at::Tensor AddToRows(const at::Tensor& x_ND, const at::Tensor& rows_R, const at::Tensor& f_RD,
+                     const at::Tensor& weight_R);
+
 /// The values of `hard`; the gradient goes to `soft`.
 at::Tensor StraightThrough(const at::Tensor& hard_N, const at::Tensor& soft_N);
 

@@ -46,7 +46,7 @@ enum class Bypass : uint8_t { kValue, kIdentity };
 /// Rows that go to one expert, and the weight of its answer.
 struct ExpertRows {
   at::Tensor rows;    ///< i32, ascending
-  at::Tensor weight;  ///< f32 per row, carries gradients; undefined: 1
+  at::Tensor weight;  ///< f32 per row, carries gradients
 };
 
 /// One router's decision about the rows of one span. Rows are indices into the span's stream,
