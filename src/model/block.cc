@@ -54,8 +54,16 @@ at::Tensor Attention(const Model& model, const LayerWeights& layer, const at::Te
   return ops::Linear(y, layer.o);
 }
 
+/// Without gradients in chunks of rows, so that the wide middle of a long pass never exists at
+/// once.
 at::Tensor SwiGlu(const at::Tensor& h_ND, const FfnWeights& w) {
-  return ops::Linear(ops::SiluMul(ops::Linear(h_ND, w.gate), ops::Linear(h_ND, w.up)), w.down);
+  constexpr int64_t kChunk = 4096;
+  if (at::GradMode::is_enabled() || h_ND.size(0) <= kChunk) {
+    return ops::Linear(ops::SiluMul(ops::Linear(h_ND, w.gate), ops::Linear(h_ND, w.up)), w.down);
+  }
+  std::vector<at::Tensor> chunks;
+  for (const at::Tensor& chunk : h_ND.split(kChunk)) chunks.push_back(SwiGlu(chunk, w));
+  return at::cat(chunks);
 }
 
 /// f with the bypass's constant added to the rows that take it.

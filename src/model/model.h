@@ -81,8 +81,6 @@ struct ForwardOptions {
   ExitRule exit;                              ///< serving: rows may stop early
   int32_t num_layers = -1;                    ///< run only the first so many layers; -1: all
   std::vector<at::Tensor>* states = nullptr;  ///< receives x after each layer, before the last norm
-  /// May move a router's bias between its decision and the layer's work; true: decide again.
-  std::function<bool(int32_t layer, routing::Router&, const routing::Plan&)> adjust;
 };
 
 /// Asks the router of a site. Rows of `taps` are the span's.

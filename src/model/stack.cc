@@ -141,7 +141,6 @@ Plan Decide(const Model& model, int32_t l, Site site, const routing::Taps& taps,
   const Plan* replay = options.replay ? routing::PlanOf((*options.replay)[l], site).plan : nullptr;
   const routing::DecideArgs args{options.mode, l, options.draw, options.knobs, replay};
   Plan plan = router->Decide(taps, args);
-  if (options.adjust && options.adjust(l, *router, plan)) plan = router->Decide(taps, args);
   const bool nobody = options.mode == Mode::kTrain && !replay && site == Site::kMixer &&
                       plan.num_rows > 0 && plan.NumRouted() == 0;
   if (const double share = nobody ? FallbackShare(model.config, l) : 0; share > 0) {

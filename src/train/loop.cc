@@ -29,7 +29,7 @@ namespace fs = std::filesystem;
 namespace {
 
 /// Training text on which the ratio controller makes its last move.
-constexpr int64_t kSettleTokens = 65536;
+constexpr int64_t kSettleTokens = 32768;
 
 bool HasShiftableRouter(model::Model& model) {
   for (model::LayerWeights& layer : model.layers) {

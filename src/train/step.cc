@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
-#include <functional>
 
 #include "core/error.h"
 #include "ops/loss.h"
@@ -190,14 +189,18 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
 
 void SettleShares(model::Model& model, const std::vector<Batch>& batches, double target_share) {
   const at::NoGradGuard no_grad;
-  const Batch joined = Join(batches);
-  const auto adjust = [&](int32_t, routing::Router& router, const Plan& plan) {
-    if (!plan.experts.empty()) return false;
+  // In order: a router's bias changes what the later ones see.
+  for (const model::RouterId& id : model::Routers(model.config)) {
+    routing::Router& router = *model.layers[id.layer].router(id.site);
+    if (router.num_experts() > 0 || !router.ShiftBias(0)) continue;
     std::vector<float> differences;
-    AppendDifferences(plan, &differences);
-    return router.ShiftBias(routing::QuantileShift(differences, target_share));
-  };
-  Forward(model, joined.ids_N, joined.stream, {.adjust = adjust});
+    for (const Batch& batch : batches) {
+      std::vector<LayerPlans> plans;
+      Forward(model, batch.ids_N, batch.stream, {.plans = &plans, .num_layers = id.layer + 1});
+      AppendDifferences(*PlanOf(plans[id.layer], id.site).plan, &differences);
+    }
+    router.ShiftBias(routing::QuantileShift(differences, target_share));
+  }
 }
 
 }  // namespace detour::train

@@ -49,10 +49,10 @@ StepResult ComputeGradients(const model::Model& model,
 StepResult TrainStep(model::Model& model, AdamW& optimizer,
                      const std::vector<eval::Batch>& micro_batches, const StepOptions& options);
 
-/// Sets every router's bias so that exactly `target_share` of the rows of `batches` attend, layer
-/// by layer and by the rule that serves (Mode::kInfer): the controller's last move of a run, on
-/// more text than a step has and with weights that no longer change. One forward pass; keeps one
-/// layer's rows of all batches in memory.
+/// Sets every gate's bias so that exactly `target_share` of the rows of `batches` that reach it
+/// take its span, one gate after the other and by the rule that serves (Mode::kInfer): the
+/// controller's last move of a run, on more text than a step has and with weights that no longer
+/// change. A forward pass up to its layer per gate and batch.
 void SettleShares(model::Model& model, const std::vector<eval::Batch>& batches,
                   double target_share);
 
