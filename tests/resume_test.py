@@ -22,7 +22,7 @@ RUNS = {
     "mod": ["--method", "mod", "--target-share", 0.125, "--schedule", "capacity: 1->0.125 cosine 0..0.5"],
     "dllm": ["--method", "dllm", "--routing", "hidden=16", "--schedule", "aux_loss_coeff: 0->5 sine"],
     "moe_bias": ["--method", "moe", "--routing", "experts=4", "--routing", "bias_rate=0.01", "--routing", "jitter=0.01"],
-    "skip": ["--method", "skip", "--schedule", "temperature: 5->1 linear"],
+    "skip": ["--method", "skip", "--schedule", "temperature: 5->1 linear", "--schedule", "target_share: 1->0.4 linear"],
     "early_exit": ["--method", "early_exit", "--routing", "max_dropout=0.5"],
 }
 

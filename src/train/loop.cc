@@ -48,6 +48,7 @@ class Run {
         stop_requested_(stop_requested),
         train_(data::TokenShards::Open(config.data_dir, data::Split::kTrain)),
         val_(data::TokenShards::Open(config.data_dir, data::Split::kVal)),
+        schedules_(ParseSchedules(config.schedules)),
         sampler_(train_.num_tokens(), config.seq_len, config.seed),
         total_steps_(TotalSteps(config)),
         eta_(static_cast<double>(total_steps_)) {}
@@ -58,6 +59,9 @@ class Run {
   void Prepare();
   void Resume(const std::string& checkpoint);
   std::vector<eval::Batch> NextBatches(int64_t num_sequences) const;
+  double TargetShareAt(int64_t step) const {
+    return TargetShare(config_, schedules_, step, total_steps_);
+  }
   routing::Knobs KnobsAt(int64_t step) const;
   std::vector<double> WeightsAt(int64_t step) const;
   std::vector<double> ExitWeightsAt(int64_t step) const;
@@ -71,6 +75,7 @@ class Run {
   const TrainConfig& config_;
   const std::function<bool()>& stop_requested_;
   const data::TokenShards train_, val_;
+  const Schedules schedules_;
   const data::BatchSampler sampler_;
   const int64_t total_steps_;
   model::Model model_;
@@ -112,7 +117,7 @@ void Run::Prepare() {
          config_.out_dir);
   }
   model_ = resume.empty() ? InitialModel(config_) : model::LoadModel(resume);
-  if (ControllerOn(config_) && !HasShiftableRouter(model_)) {
+  if (TargetShareAt(total_steps_) > 0 && !HasShiftableRouter(model_)) {
     Fail("train.config", "--target-share: no router of method {} has a bias that could be moved",
          MethodName(model_.config));
   }
@@ -177,10 +182,10 @@ std::vector<eval::Batch> Run::NextBatches(int64_t num_sequences) const {
 
 routing::Knobs Run::KnobsAt(int64_t step) const {
   routing::Knobs knobs;
-  knobs.temperature = ScheduledValue(config_, "temperature", -1, step, total_steps_);
-  knobs.capacity = ScheduledValue(config_, "capacity", -1, step, total_steps_);
+  knobs.temperature = ScheduledValue(schedules_, "temperature", -1, step, total_steps_);
+  knobs.capacity = ScheduledValue(schedules_, "capacity", -1, step, total_steps_);
   knobs.routed_layers = static_cast<int32_t>(
-      std::lround(ScheduledValue(config_, "routed_layers", -1, step, total_steps_)));
+      std::lround(ScheduledValue(schedules_, "routed_layers", -1, step, total_steps_)));
   return knobs;
 }
 
@@ -192,7 +197,7 @@ std::vector<double> Run::WeightsAt(int64_t step) const {
     const double own = methods[i].NumberOr("aux_loss_coeff", 0);
     const bool held = methods[i].NumberOr("dual_rate", 0) > 0;
     weights.push_back(held ? state_.duals.at(i)
-                           : ScheduledValue(config_, "aux_loss_coeff", own, step, total_steps_));
+                           : ScheduledValue(schedules_, "aux_loss_coeff", own, step, total_steps_));
   }
   return weights;
 }
@@ -274,7 +279,7 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
   if (!shares.empty()) {
     record["share"] = mean_share;
     record["share_by_layer"] = shares;
-    if (ControllerOn(config_)) record["target_share"] = target_share;
+    if (target_share > 0) record["target_share"] = target_share;
   }
   if (!choices.empty()) record["expert_choices"] = choices;
   if (!routers.empty()) {
@@ -363,8 +368,7 @@ TrainSummary Run::Train() {
   while (state_.step < total_steps_) {
     const double start = report::MonotonicSeconds();
     const double lr = LearningRate(config_, state_.step, total_steps_);
-    const double target =
-        config_.target_share > 0 ? TargetShare(config_, state_.step, total_steps_) : 0;
+    const double target = TargetShareAt(state_.step);
     const int64_t flops_before = GlobalOpCounter().Total();
     StepResult step;
     try {
@@ -400,8 +404,7 @@ TrainSummary Run::Train() {
     const bool last = state_.step == total_steps_;
     if (last && target > 0) {
       const int64_t sequences = (kSettleTokens + config_.seq_len - 1) / config_.seq_len;
-      SettleShares(model_, NextBatches(sequences),
-                   TargetShare(config_, total_steps_, total_steps_));
+      SettleShares(model_, NextBatches(sequences), TargetShareAt(total_steps_));
     }
     if (last || (config_.eval_every > 0 && state_.step % config_.eval_every == 0)) Validate();
     if (last || (config_.save_every > 0 && state_.step % config_.save_every == 0)) Save();

@@ -57,8 +57,8 @@ Schedule ParseSchedule(const std::string& text, const std::string& where) {
 
 }  // namespace
 
-std::map<std::string, Schedule> ParseSchedules(const std::vector<std::string>& texts) {
-  std::map<std::string, Schedule> schedules;
+Schedules ParseSchedules(const std::vector<std::string>& texts) {
+  Schedules schedules;
   for (const std::string& text : texts) {
     const size_t colon = text.find(':');
     const std::string knob = text.substr(0, std::min(colon, text.size()));
@@ -75,24 +75,20 @@ std::map<std::string, Schedule> ParseSchedules(const std::vector<std::string>& t
   return schedules;
 }
 
-double ScheduledValue(const TrainConfig& c, const char* knob, double fallback, int64_t step,
+double ScheduledValue(const Schedules& schedules, const char* knob, double fallback, int64_t step,
                       int64_t total_steps) {
-  const auto schedules = ParseSchedules(c.schedules);
   const auto it = schedules.find(knob);
   return it == schedules.end() ? fallback : it->second.At(step, total_steps);
 }
 
-double TargetShare(const TrainConfig& c, int64_t step, int64_t total_steps) {
-  if (const double share = ScheduledValue(c, "target_share", -1, step, total_steps); share >= 0) {
-    return share;
+double TargetShare(const TrainConfig& c, const Schedules& schedules, int64_t step,
+                   int64_t total_steps) {
+  if (schedules.count("target_share") > 0) {
+    return ScheduledValue(schedules, "target_share", 0, step, total_steps);
   }
   const double ramp = c.share_ramp * total_steps;
-  if (step >= ramp) return c.target_share;
+  if (c.target_share == 0 || step >= ramp) return c.target_share;
   return 1 + (c.target_share - 1) * static_cast<double>(step) / ramp;
-}
-
-bool ControllerOn(const TrainConfig& c) {
-  return c.target_share > 0 || ParseSchedules(c.schedules).count("target_share") > 0;
 }
 
 double ControllerRate(const TrainConfig& c, int64_t step, int64_t total_steps) {

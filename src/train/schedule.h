@@ -27,17 +27,16 @@ struct Schedule {
 inline constexpr const char* kKnobs[] = {"target_share", "aux_loss_coeff", "temperature",
                                          "capacity", "routed_layers"};
 /// "KNOB: SCHEDULE" of each text. Error("train.schedule") that names the fault.
-std::map<std::string, Schedule> ParseSchedules(const std::vector<std::string>& texts);
+using Schedules = std::map<std::string, Schedule>;
+Schedules ParseSchedules(const std::vector<std::string>& texts);
 /// The schedule of a knob, or `fallback` if it has none.
-double ScheduledValue(const TrainConfig& config, const char* knob, double fallback, int64_t step,
+double ScheduledValue(const Schedules& schedules, const char* knob, double fallback, int64_t step,
                       int64_t total_steps);
 
 /// Target share of the ratio controller: its schedule's; without one 1 at the start, linear to
-/// target_share over the first share_ramp of the steps.
-double TargetShare(const TrainConfig& config, int64_t step, int64_t total_steps);
-
-/// Whether the ratio controller works in this run.
-bool ControllerOn(const TrainConfig& config);
+/// target_share over the first share_ramp of the steps. 0: the controller rests, always.
+double TargetShare(const TrainConfig& config, const Schedules& schedules, int64_t step,
+                   int64_t total_steps);
 
 /// How much of the way to its batch's quantile the ratio controller goes in a step: as large as the
 /// learning rate is of its peak, at least controller_rate. Routers that move fast are followed at

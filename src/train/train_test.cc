@@ -35,9 +35,19 @@ TEST(Schedule, TheControllerFollowsTheLearningRate) {
   EXPECT_DOUBLE_EQ(ControllerRate(c, 99, 100), 0.1);
   c.target_share = 0.2;
   c.share_ramp = 0.5;
-  EXPECT_DOUBLE_EQ(TargetShare(c, 0, 100), 1.0);
-  EXPECT_DOUBLE_EQ(TargetShare(c, 25, 100), 0.6);
-  EXPECT_DOUBLE_EQ(TargetShare(c, 50, 100), 0.2);
+  EXPECT_DOUBLE_EQ(TargetShare(c, {}, 0, 100), 1.0);
+  EXPECT_DOUBLE_EQ(TargetShare(c, {}, 25, 100), 0.6);
+  EXPECT_DOUBLE_EQ(TargetShare(c, {}, 50, 100), 0.2);
+}
+
+TEST(Schedule, TheTargetMayBeAScheduleAlone) {
+  TrainConfig c;
+  EXPECT_EQ(TargetShare(c, {}, 10, 100), 0);
+  const Schedules schedules = ParseSchedules({"target_share: 0.9->0.2 linear 0..0.5"});
+  EXPECT_DOUBLE_EQ(TargetShare(c, schedules, 0, 100), 0.9);
+  EXPECT_DOUBLE_EQ(TargetShare(c, schedules, 100, 100), 0.2);
+  c.target_share = 0.5;
+  EXPECT_DOUBLE_EQ(TargetShare(c, schedules, 25, 100), 0.55);
 }
 
 TEST(Schedule, Texts) {
