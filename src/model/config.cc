@@ -194,10 +194,9 @@ Json ConfigToJson(const ModelConfig& c) {
                {"tie_word_embeddings", c.tie_word_embeddings},
                {"initializer_range", c.initializer_range}};
   for (const auto& [key, value] : c.extra.items()) json[key] = value;
-  if (c.routing.size() == 1) json["routing"] = routing::RoutingToJson(c.routing[0]);
-  for (size_t i = 0; i < c.routing.size() && c.routing.size() > 1; ++i) {
-    json["routing"].push_back(routing::RoutingToJson(c.routing[i]));
-  }
+  Json methods = Json::array();
+  for (const routing::RoutingConfig& r : c.routing) methods.push_back(routing::RoutingToJson(r));
+  if (!methods.empty()) json["routing"] = methods.size() == 1 ? methods[0] : methods;
   return json;
 }
 
@@ -220,8 +219,7 @@ std::vector<int32_t> RoutedLayers(const ModelConfig& config) {
 bool HasRouter(const ModelConfig& config, int32_t layer, routing::Site site) {
   for (const routing::RoutingConfig& r : config.routing) {
     const std::vector<routing::Site>& sites = routing::FindMethod(r.method).sites;
-    if (std::binary_search(r.layers.begin(), r.layers.end(), layer) &&
-        std::find(sites.begin(), sites.end(), site) != sites.end()) {
+    if (r.HasLayer(layer) && std::find(sites.begin(), sites.end(), site) != sites.end()) {
       return true;
     }
   }
@@ -245,10 +243,7 @@ std::vector<RouterId> Routers(const ModelConfig& config) {
 
 bool HasSharedExpert(const ModelConfig& config, int32_t layer) {
   for (const routing::RoutingConfig& r : config.routing) {
-    if (std::binary_search(r.layers.begin(), r.layers.end(), layer) &&
-        r.options.contains("shared_expert") && r.Flag("shared_expert")) {
-      return true;
-    }
+    if (r.HasLayer(layer) && r.options.value("shared_expert", false)) return true;
   }
   return false;
 }
@@ -271,7 +266,7 @@ void CheckRouting(const ModelConfig& config, const std::string& name) {
     }
   }
   for (const routing::RoutingConfig& r : config.routing) {
-    const bool asks = r.options.contains("estimator") && r.Text("estimator").ends_with("ste") &&
+    const bool asks = r.TextOr("estimator", "").ends_with("ste") &&
                       routing::FindMethod(r.method).sites[0] == routing::Site::kLayer;
     for (const int32_t l : r.layers) {
       if (asks &&

@@ -23,7 +23,7 @@ struct LayerRouters {
 
   LayerRouters(const ModelConfig& c, int32_t l) {
     for (const routing::RoutingConfig& r : c.routing) {
-      if (!std::binary_search(r.layers.begin(), r.layers.end(), l)) continue;
+      if (!r.HasLayer(l)) continue;
       for (auto& router : routing::FindMethod(r.method).make(r, RouterShape(c), l)) {
         if (router->site() == Site::kMixer) {
           value_bypass = r.Text("bypass") != "identity";
@@ -49,7 +49,8 @@ int64_t RouterParameterCount(const ModelConfig& c) {
   int64_t count = 0;
   for (int32_t l : RoutedLayers(c)) {
     for (const auto& router : LayerRouters(c, l).at) {
-      if (router) count += router->NumParameters();
+      if (!router) continue;
+      router->ForEachTensor([&](const std::string&, at::Tensor& t) { count += t.numel(); });
     }
   }
   return count;

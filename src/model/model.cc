@@ -79,7 +79,7 @@ FfnWeights AllocateFfn(const ModelConfig& c) {
 /// Routers of every method that has this layer; room for their experts.
 void AddRouters(const ModelConfig& c, int32_t l, LayerWeights* w) {
   for (const routing::RoutingConfig& r : c.routing) {
-    if (!std::binary_search(r.layers.begin(), r.layers.end(), l)) continue;
+    if (!r.HasLayer(l)) continue;
     for (auto& router : routing::FindMethod(r.method).make(r, RouterShape(c), l)) {
       w->experts.resize(router->num_experts());
       w->routers[static_cast<size_t>(router->site())] = std::move(router);

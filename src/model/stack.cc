@@ -69,9 +69,8 @@ struct CheckpointFn : torch::autograd::Function<CheckpointFn> {
 /// `fallback_share` of the method that decides for the mixer of this layer.
 double FallbackShare(const ModelConfig& config, int32_t l) {
   for (const routing::RoutingConfig& r : config.routing) {
-    if (std::binary_search(r.layers.begin(), r.layers.end(), l)) {
-      if (const double share = r.NumberOr("fallback_share", 0); share > 0) return share;
-    }
+    const double share = r.HasLayer(l) ? r.NumberOr("fallback_share", 0) : 0;
+    if (share > 0) return share;
   }
   return 0;
 }

@@ -82,7 +82,6 @@ class FrequencyControl : public Control {
       below += static_cast<double>(counts[id]);
     }
   }
-  int64_t NumParameters() const override { return quantile_V_.numel(); }
 
  private:
   std::string name_;

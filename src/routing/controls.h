@@ -26,7 +26,6 @@ class Control {
   virtual std::vector<uint8_t> Rows(const Stream& stream, int32_t layer) const;
   virtual void ForEachTensor(const TensorVisitor&) {}
   virtual void SetFrequencies(const std::vector<int64_t>&) {}
-  virtual int64_t NumParameters() const { return 0; }
 
  protected:
   explicit Control(double share) : share_(share) {}

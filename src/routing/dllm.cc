@@ -19,9 +19,7 @@ std::vector<Option> DllmOptions() {
 
 std::vector<std::unique_ptr<Router>> MakeDllm(const RoutingConfig& config, const Shape& shape,
                                               int32_t) {
-  std::vector<std::unique_ptr<Router>> routers;
-  routers.push_back(MakeGate(Site::kLayer, config, shape, "layer_router."));
-  return routers;
+  return OneRouter(MakeGate(Site::kLayer, config, shape, "layer_router."));
 }
 
 }  // namespace detour::routing

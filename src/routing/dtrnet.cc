@@ -14,9 +14,7 @@ std::vector<Option> DtrnetOptions() {
 
 std::vector<std::unique_ptr<Router>> MakeDtrnet(const RoutingConfig& config, const Shape& shape,
                                                 int32_t) {
-  std::vector<std::unique_ptr<Router>> routers;
-  routers.push_back(MakeGate(Site::kMixer, config, shape, "router."));
-  return routers;
+  return OneRouter(MakeGate(Site::kMixer, config, shape, "router."));
 }
 
 }  // namespace detour::routing

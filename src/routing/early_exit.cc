@@ -44,9 +44,7 @@ class LayerDropout : public Router {
     }
     Plan plan;
     SetRows(kept, &plan);
-    at::Tensor flags = at::empty({num_rows}, at::kFloat);
-    for (int64_t n = 0; n < num_rows; ++n) flags.data_ptr<float>()[n] = kept[n];
-    plan.scores_NC = at::stack({flags, 1 - flags}, 1);
+    plan.scores_NC = OneHot(plan);
     return plan;
   }
 
@@ -60,10 +58,8 @@ std::vector<std::unique_ptr<Router>> MakeEarlyExit(const RoutingConfig& config, 
                                                    int32_t layer) {
   const double depth =
       shape.num_layers > 1 ? static_cast<double>(layer) / (shape.num_layers - 1) : 0;
-  std::vector<std::unique_ptr<Router>> routers;
-  routers.push_back(
+  return OneRouter(
       std::make_unique<LayerDropout>(config.Number("max_dropout") * (std::exp2(depth) - 1)));
-  return routers;
 }
 
 std::vector<double> ExitWeights(const RoutingConfig& config, int32_t num_layers, int64_t step,

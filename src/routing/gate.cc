@@ -81,9 +81,6 @@ class Mlp : public GateScorer {
   int64_t FlopsPerRow() const override {
     return 2 * (first_.weight.numel() + second_.weight.numel());
   }
-  int64_t NumParameters() const override {
-    return first_.weight.numel() + first_.bias.numel() + second_.weight.numel() + 2;
-  }
 
  private:
   std::string prefix_;
@@ -109,7 +106,6 @@ class LinearScorer : public GateScorer {
     only_.bias[0].add_(delta);
   }
   int64_t FlopsPerRow() const override { return 2 * only_.weight.numel(); }
-  int64_t NumParameters() const override { return only_.weight.numel() + 2; }
 
  private:
   std::string prefix_;
@@ -148,9 +144,6 @@ class NormMlp : public GateScorer {
   }
   int64_t FlopsPerRow() const override {
     return 2 * (first_.weight.numel() + second_.weight.numel());
-  }
-  int64_t NumParameters() const override {
-    return first_.weight.numel() + first_.bias.numel() + norm_.numel() + second_.weight.numel() + 2;
   }
 
  private:
@@ -191,7 +184,7 @@ class Gate : public Router {
       SetRows(Reserve(taps.stream, args.replay ? RoutedFlags(*args.replay)
                                                : control_->Rows(taps.stream, args.layer)),
               &plan);
-      plan.scores_NC = OneHot(RoutedFlags(plan));
+      plan.scores_NC = OneHot(plan);
       return plan;
     }
     const at::Tensor difference_N = scorer_->Difference(taps.x_ND);
@@ -230,10 +223,6 @@ class Gate : public Router {
     if (control_) control_->SetFrequencies(counts);
   }
   int64_t FlopsPerRow() const override { return scorer_ ? scorer_->FlopsPerRow() : 0; }
-  int64_t NumParameters() const override {
-    return (scorer_ ? scorer_->NumParameters() : control_->NumParameters()) +
-           (constant_D_.defined() ? constant_D_.numel() : 0);
-  }
 
  private:
   std::vector<uint8_t> Reserve(const Stream& stream, std::vector<uint8_t> routed) const {
@@ -266,34 +255,18 @@ class Gate : public Router {
   void Estimate(const at::Tensor& gate_N, Mode mode, Plan* plan) const {
     if (estimator_ == "prob_gate") {
       plan->gate_N = gate_N;
-      plan->weight_N =
-          at::where(FlagTensor(*plan), plan->scores_NC.select(1, 0), plan->scores_NC.select(1, 1));
+      plan->weight_N = at::where(FlagTensor(*plan).to(at::kBool), plan->scores_NC.select(1, 0),
+                                 plan->scores_NC.select(1, 1));
     } else if (mode != Mode::kTrain) {
       return;  // hard: the way taken has weight 1
     } else if (estimator_ == "soft") {
       plan->gate_N = gate_N;
       plan->soft = true;
     } else {
-      plan->gate_N = ops::StraightThrough(FlagTensor(*plan).to(at::kFloat), gate_N);
+      plan->gate_N = ops::StraightThrough(FlagTensor(*plan), gate_N);
       plan->counterfactual = true;
       plan->key_gradient = key_gradient_ && site() != Site::kFfn && !write_all_;
     }
-  }
-
-  static at::Tensor FlagTensor(const Plan& plan) {
-    const std::vector<uint8_t> flags = RoutedFlags(plan);
-    at::Tensor t = at::empty({plan.num_rows}, at::kBool);
-    std::copy(flags.begin(), flags.end(), t.data_ptr<bool>());
-    return t;
-  }
-
-  static at::Tensor OneHot(const std::vector<uint8_t>& flags) {
-    at::Tensor t = at::empty({static_cast<int64_t>(flags.size()), 2}, at::kFloat);
-    for (size_t n = 0; n < flags.size(); ++n) {
-      t.data_ptr<float>()[2 * n] = flags[n];
-      t.data_ptr<float>()[2 * n + 1] = 1.0f - flags[n];
-    }
-    return t;
   }
 
   std::string estimator_;

@@ -30,7 +30,6 @@ class GateScorer {
   virtual void Initialize() {}
   virtual void ShiftBias(double delta) = 0;
   virtual int64_t FlopsPerRow() const = 0;
-  virtual int64_t NumParameters() const = 0;
 };
 
 /// "mlp" (DTRNet: D -> hidden -> 2, hidden 0: D/2), "linear" (D -> 2), "norm_mlp" (D-LLM: D ->

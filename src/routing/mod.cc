@@ -66,7 +66,8 @@ class ModRouter : public Router {
     if (control_) {
       SetRows(args.replay ? RoutedFlags(*args.replay) : control_->Rows(taps.stream, args.layer),
               &plan);
-      plan.scores_NC = Probabilities(FlagTensor(plan));
+      // A logit of ±20: a probability of 1 or 0 to eight digits.
+      plan.scores_NC = Probabilities(40 * FlagTensor(plan) - 20);
       return plan;
     }
     const bool top_k = args.mode != Mode::kInfer;
@@ -120,34 +121,16 @@ class ModRouter : public Router {
     if (control_) return 0;
     return 2 * score_.weight.numel() + (predictor_ ? predictor_->FlopsPerRow() : 0);
   }
-  int64_t NumParameters() const override {
-    if (control_) return control_->NumParameters();
-    return score_.weight.numel() + (causal_bias_.defined() ? 1 : 0) +
-           (predictor_ ? predictor_->NumParameters() : 0);
-  }
 
  private:
-  static at::Tensor FlagTensor(const Plan& plan) {
-    const std::vector<uint8_t> flags = RoutedFlags(plan);
-    at::Tensor t = at::empty({plan.num_rows}, at::kFloat);
-    // ±20: a probability of 1 or 0 to nine digits.
-    for (size_t n = 0; n < flags.size(); ++n) t.data_ptr<float>()[n] = flags[n] ? 20.0f : -20.0f;
-    return t;
-  }
   static at::Tensor Probabilities(const at::Tensor& logit_N) {
     return ops::Sigmoid(at::stack({logit_N, -logit_N}, 1));
   }
 
   /// Cross-entropy of the causal rule against top-k membership, and how often they agree.
   void LearnCausalRule(const at::Tensor& causal_N, Plan* plan) const {
-    const std::vector<uint8_t> flags = RoutedFlags(*plan);
-    at::Tensor label = at::empty({plan->num_rows}, at::kFloat);
-    const at::Tensor logits = causal_N.detach().contiguous();
-    plan->causal_agreed = 0;
-    for (size_t n = 0; n < flags.size(); ++n) {
-      label.data_ptr<float>()[n] = flags[n];
-      plan->causal_agreed += (ops::F32(logits)[n] > 0) == (flags[n] != 0);
-    }
+    const at::Tensor label = FlagTensor(*plan);
+    plan->causal_agreed = causal_N.gt(0).eq(label.to(at::kBool)).sum().item<int64_t>();
     if (causal_coeff_ > 0) {
       // softplus(z) − y z, summed over rows.
       plan->penalty = (at::softplus(causal_N) - label * causal_N).sum() * causal_coeff_;
@@ -167,9 +150,7 @@ class ModRouter : public Router {
 
 std::vector<std::unique_ptr<Router>> MakeMod(const RoutingConfig& config, const Shape& shape,
                                              int32_t) {
-  std::vector<std::unique_ptr<Router>> routers;
-  routers.push_back(std::make_unique<ModRouter>(config, shape));
-  return routers;
+  return OneRouter(std::make_unique<ModRouter>(config, shape));
 }
 
 }  // namespace detour::routing

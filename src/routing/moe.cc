@@ -109,10 +109,6 @@ class MoeRouter : public Router {
     if (control_) control_->SetFrequencies(counts);
   }
   int64_t FlopsPerRow() const override { return control_ ? 0 : 2 * gate_.weight.numel(); }
-  int64_t NumParameters() const override {
-    if (control_) return control_->NumParameters();
-    return gate_.weight.numel() + (bias_E_.defined() ? experts_ : 0);
-  }
   int64_t num_experts() const override { return experts_; }
 
  private:
@@ -199,9 +195,7 @@ class MoeRouter : public Router {
 
 std::vector<std::unique_ptr<Router>> MakeMoe(const RoutingConfig& config, const Shape& shape,
                                              int32_t) {
-  std::vector<std::unique_ptr<Router>> routers;
-  routers.push_back(std::make_unique<MoeRouter>(config, shape));
-  return routers;
+  return OneRouter(std::make_unique<MoeRouter>(config, shape));
 }
 
 }  // namespace detour::routing

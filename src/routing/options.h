@@ -2,6 +2,7 @@
 // fault of a config is reported at once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -45,9 +46,15 @@ struct RoutingConfig {
   const std::string& Text(const char* key) const {
     return options.at(key).get_ref<const std::string&>();
   }
-  /// A number option that not every method has.
+  /// Options that not every method has.
   double NumberOr(const char* key, double fallback) const {
-    return options.contains(key) ? options.at(key).get<double>() : fallback;
+    return options.contains(key) ? Number(key) : fallback;
+  }
+  std::string TextOr(const char* key, const char* fallback) const {
+    return options.contains(key) ? Text(key) : fallback;
+  }
+  bool HasLayer(int32_t layer) const {
+    return std::binary_search(layers.begin(), layers.end(), layer);
   }
 };
 

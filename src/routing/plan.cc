@@ -74,8 +74,20 @@ void SetRows(const std::vector<uint8_t>& routed, Plan* plan) {
 Plan EveryRow(int64_t num_rows) {
   Plan plan;
   SetRows(std::vector<uint8_t>(num_rows, 1), &plan);
-  plan.scores_NC = at::stack({at::ones({num_rows}), at::zeros({num_rows})}, 1);
+  plan.scores_NC = OneHot(plan);
   return plan;
+}
+
+at::Tensor FlagTensor(const Plan& plan) {
+  const std::vector<uint8_t> flags = RoutedFlags(plan);
+  at::Tensor t = at::empty({plan.num_rows}, at::kFloat);
+  std::copy(flags.begin(), flags.end(), t.data_ptr<float>());
+  return t;
+}
+
+at::Tensor OneHot(const Plan& plan) {
+  const at::Tensor flags_N = FlagTensor(plan);
+  return at::stack({flags_N, 1 - flags_N}, 1);
 }
 
 std::vector<uint8_t> RoutedFlags(const Plan& plan) {

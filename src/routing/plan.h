@@ -99,6 +99,9 @@ void SetRows(const std::vector<uint8_t>& routed, Plan* plan);
 Plan EveryRow(int64_t num_rows);
 /// The inverse of SetRows: one flag per row.
 std::vector<uint8_t> RoutedFlags(const Plan& plan);
+/// The same as f32 [N], 1 for rows that take the span; and [N, 2], that beside its complement.
+at::Tensor FlagTensor(const Plan& plan);
+at::Tensor OneHot(const Plan& plan);
 /// The plan of rows [begin, end), rows counted from `begin`: decisions only, no gradients.
 Plan SliceRows(const Plan& plan, int64_t begin, int64_t end);
 /// The same for a layer: `begin` and `end` are rows of the layer's stream.

@@ -4,6 +4,12 @@
 
 namespace detour::routing {
 
+std::vector<std::unique_ptr<Router>> OneRouter(std::unique_ptr<Router> router) {
+  std::vector<std::unique_ptr<Router>> routers;
+  routers.push_back(std::move(router));
+  return routers;
+}
+
 std::vector<uint8_t> DrawFallbackRows(const DrawKey& key, int32_t layer, const Stream& stream,
                                       double share) {
   const Rng rng(key.seed, RngPurpose::kFallback, key.step, static_cast<uint32_t>(layer));

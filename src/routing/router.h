@@ -75,15 +75,17 @@ class Router {
   /// Token counts of the training text, for deciders that read a token's frequency.
   virtual void SetFrequencies(const std::vector<int64_t>&) {}
 
-  /// Operations per row when serving, multiply-adds as 2 FLOP; and the number of parameters.
+  /// Operations per row when serving, multiply-adds as 2 FLOP.
   virtual int64_t FlopsPerRow() const { return 0; }
-  virtual int64_t NumParameters() const { return 0; }
   /// Ways other than one MLP: experts of the ffn span, 0 if there are none.
   virtual int64_t num_experts() const { return 0; }
 
  private:
   Site site_;
 };
+
+/// What a method with one router a layer makes.
+std::vector<std::unique_ptr<Router>> OneRouter(std::unique_ptr<Router> router);
 
 /// The shape a router is made for.
 struct Shape {

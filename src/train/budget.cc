@@ -32,12 +32,12 @@ Budgets::Budgets(const model::ModelConfig& c)
   for (size_t i = 0; i < c.routing.size(); ++i) {
     const routing::RoutingConfig& method = c.routing[i];
     const auto& sites = routing::FindMethod(method.method).sites;
-    const bool value = method.options.contains("bypass") && method.Text("bypass") != "identity";
+    const bool value = method.TextOr("bypass", "identity") != "identity";
     const double mixer = 2 * d * (q + kv) + (value ? 0 : 2 * d * (q + kv));
     const double ffn = 6 * d * static_cast<double>(c.intermediate_size);
     for (size_t r = 0; r < routers_.size(); ++r) {
       const Site site = routers_[r].site;
-      if (!std::binary_search(method.layers.begin(), method.layers.end(), routers_[r].layer) ||
+      if (!method.HasLayer(routers_[r].layer) ||
           std::find(sites.begin(), sites.end(), site) == sites.end()) {
         continue;
       }
@@ -134,7 +134,7 @@ Budgets::Loss Budgets::Of(const Taken& taken, const BatchStatistics& statistics,
       sum_rows += static_cast<double>(s.num_rows);
     }
     const double target = c.NumberOr("budget_target", 0), excess = sum_gate / sum_rows - target;
-    const std::string budget = c.options.contains("budget") ? c.Text("budget") : "experts";
+    const std::string budget = c.TextOr("budget", "experts");
     if (budget == "target_token_l1") {
       if (const at::Tensor t = TokenBudget(i, taken); t.defined()) {
         add(weights[i], 1 / static_cast<double>(std::max<int64_t>(statistics.counted_rows[i], 1)),

@@ -228,7 +228,7 @@ void Run::UpdateDuals(const BatchStatistics& statistics) {
 void Run::CountTokens() {
   const auto& methods = model_.config.routing;
   if (std::none_of(methods.begin(), methods.end(), [](const routing::RoutingConfig& r) {
-        return r.options.contains("decider") && r.Text("decider") == "frequency";
+        return r.TextOr("decider", "") == "frequency";
       })) {
     return;
   }
@@ -302,10 +302,9 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
 
 /// Whether every method has a rule that serves; validation decides by the training rule if not.
 bool ServesCausally(const model::ModelConfig& config) {
-  return std::none_of(config.routing.begin(), config.routing.end(),
-                      [](const routing::RoutingConfig& r) {
-                        return r.options.contains("causal") && r.Text("causal") == "none";
-                      });
+  return std::none_of(
+      config.routing.begin(), config.routing.end(),
+      [](const routing::RoutingConfig& r) { return r.TextOr("causal", "") == "none"; });
 }
 
 void Run::Validate() {
