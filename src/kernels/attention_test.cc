@@ -123,6 +123,67 @@ TEST(Attend, SeveralChunksOfPages) {
   }
 }
 
+/// Rows that see [0, kept) and [begin, end): windows that move on, prefixes that grow.
+TEST(Attend, ViewsEqualReference) {
+  for (const int64_t head_dim : {20, 64}) {
+    for (const int64_t stride : {1, 9}) {
+      Case c({6, 2, head_dim});
+      c.Add(330, 33);
+      std::vector<RowView> views;
+      for (int64_t i = 0; i < 33; ++i) {
+        const int64_t end = 20 + i * stride, begin = std::max<int64_t>(end - 17, 0);
+        views.push_back({std::min<int64_t>(i / 2, begin), begin, end});
+      }
+      views[4] = {0, 0, 1};    // its own key alone
+      views[5] = {3, 3, 3};    // a prefix alone
+      views[6] = {2, 40, 41};  // a hole of more than a page
+      c.segments[0].views = views.data();
+      c.ExpectExact();
+      // Which rows share a call changes nothing.
+      const Case::Result all = c.Run();
+      std::vector<AttendSegment> rows;
+      for (int64_t i = 0; i < 33; ++i)
+        rows.push_back({c.tables[0].pages.data(), i, 1, 0, &views[i]});
+      EXPECT_TRUE(SameBits(c.Run(rows).out, all.out));
+      GlobalOpCounter().Reset();
+      c.Run();
+      int64_t visited = 0;
+      for (const RowView& v : views) visited += v.kept + v.end - v.begin;
+      EXPECT_EQ(GlobalOpCounter().visited_keys, visited);
+    }
+  }
+}
+
+TEST(Attend, AHoleWithoutEntriesChangesNoBit) {
+  Case c({4, 2, 32});
+  c.Add(100, 20);
+  const Case::Result whole = c.Run();
+  // The same entries by a table that has the page of entry 40 twice, and a hole between.
+  std::vector<float*> pages = c.tables[0].pages;
+  pages.insert(pages.begin() + 2, pages[2]);
+  std::vector<RowView> views;
+  for (int64_t i = 0; i < 20; ++i) views.push_back({40, 56, 97 + i});
+  const AttendSegment twice{pages.data(), 0, 20, 0, views.data()};
+  const Case::Result got = c.Run({&twice, 1});
+  EXPECT_TRUE(SameBits(got.out, whole.out));
+  EXPECT_TRUE(SameBits(got.lse, whole.lse));
+}
+
+TEST(Attend, OneHeadAtATimeEqualsAllInOneCall) {
+  Case c({6, 2, 20});
+  c.Add(90, 25);
+  const Case::Result all = c.Run();
+  std::vector<AttendSegment> heads;
+  for (int64_t h = 0; h < 6; ++h) {
+    heads.push_back(c.segments[0]);
+    heads.back().head = h;
+  }
+  GlobalOpCounter().Reset();
+  EXPECT_TRUE(SameBits(c.Run(heads).out, all.out));
+  EXPECT_TRUE(SameBits(c.Run(heads, true).out, all.out));
+  EXPECT_EQ(GlobalOpCounter().visited_keys, 25 * (66 + 90) / 2);
+}
+
 TEST(Attend, OneRowAtATimeEqualsAllInOneCall) {
   Case c({8, 4, 64});
   c.Add(120, 120);
@@ -198,6 +259,25 @@ TEST(Attend, ChecksItsArguments) {
   const AttendSegment blind{c.segments[0].pages, 0, 1, 0};
   EXPECT_THROW(Attend(c.layout, 4, 1, c.q.data(), c.ld, {&blind, 1}, nullptr, c.ld, nullptr),
                std::logic_error);
+}
+
+TEST(WriteKv, FullPagesEndWithTheSumsOfTheirBlock) {
+  const KvLayout layout{2, 5, true, /*block_pages=*/2};
+  const std::vector<float> k = RandomFloats(70 * 10, 1), v = RandomFloats(70 * 10, 2);
+  const std::vector<int32_t> positions(70);
+  PageTable table(layout, 70);
+  for (const auto& [begin, end] : {std::pair{0, 13}, {13, 16}, {16, 65}, {65, 70}}) {
+    WriteKvRows(layout, table.pages.data(), begin, end - begin, k.data() + begin * 10, 10,
+                v.data() + begin * 10, 10, positions.data() + begin);
+  }
+  for (int64_t page = 0; page < 4; ++page) {
+    for (int64_t i = 0; i < 10; ++i) {
+      float sum = 0;
+      for (int64_t e = page / 2 * 32; e < (page + 1) * 16; ++e) sum += k[e * 10 + i];
+      EXPECT_EQ(table.pages[page][layout.SumsAt() + i], sum) << page;
+    }
+  }
+  EXPECT_TRUE(std::isnan(table.pages[4][layout.SumsAt()]));
 }
 
 TEST(WriteKv, RowsEqualEntries) {

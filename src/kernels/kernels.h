@@ -68,13 +68,23 @@ inline constexpr int64_t kPageEntries = 16;
 inline constexpr int64_t kMaxHeadDim = 512;
 
 /// A page holds up to 16 entries of one layer of one sequence: Kᵀ [G][K][16] (rotated keys), then V
-/// [G][16][K], then, if `with_positions`, int32 positions [16]. 64-byte aligned. Unwritten entries
-/// are never read as values.
+/// [G][16][K], then, if `with_positions`, int32 positions [16]. With `block_pages` a block is that
+/// many pages, and each full page ends with the sum [G][K] of the keys of its block so far. 64-byte
+/// aligned. Unwritten entries are never read as values.
 struct KvLayout {
   int64_t num_kv_heads = 0, head_dim = 0;
   bool with_positions = false;
+  int64_t block_pages = 0;
+  int64_t PositionsAt() const { return 2 * num_kv_heads * head_dim * kPageEntries; }  ///< floats
+  int64_t SumsAt() const { return PositionsAt() + (with_positions ? kPageEntries : 0); }
   int64_t PageBytes() const {
-    return (2 * num_kv_heads * head_dim + (with_positions ? 1 : 0)) * kPageEntries * 4;
+    const int64_t sums = (num_kv_heads * head_dim + 15) / 16 * 16;
+    return (SumsAt() + (block_pages > 0 ? sums : 0)) * 4;
+  }
+  /// Position of an entry of a page table; the layout has positions.
+  int32_t Position(const float* const* pages, int64_t entry) const {
+    return reinterpret_cast<const int32_t*>(pages[entry / kPageEntries] +
+                                            PositionsAt())[entry % kPageEntries];
   }
 };
 
@@ -88,18 +98,28 @@ void WriteKvRows(const KvLayout& layout, float* const* pages, int64_t first_entr
                  const float* k, int64_t ldk, const float* v, int64_t ldv,
                  const int32_t* positions);
 
+/// Entries [0, kept) and [begin, end) of a page table, kept <= begin.
+struct RowView {
+  int64_t kept = 0, begin = 0, end = 0;
+};
+
 /// Query rows [row_begin, row_begin + num_rows) of one sequence; row i sees entries [0, first_limit
-/// + i) of `pages`.
+/// + i) of `pages`, or with `views` those of views[i]. With `head` >= 0 that query head alone.
 struct AttendSegment {
   const float* const* pages = nullptr;
   int64_t row_begin = 0, num_rows = 0, first_limit = 0;
+  const RowView* views = nullptr;
+  int64_t head = -1;
+
+  RowView View(int64_t i) const { return views ? views[i] : RowView{0, 0, first_limit + i}; }
 };
 
 /// out_RHK = softmax(scale · q kᵀ) v per query row and head; query head h reads kv head h / (H/G).
 /// Per (row, head): s_j = scale · (fma over d = 0..K-1 of q_d k_jd, from +0); m = max_j s_j; p_j =
 /// exp(s_j − m); l = virtual-lane sum of p_j by entry index j; o_d = fma over j = 0, 1, … of p_j
-/// v_jd, from +0; out_d = o_d / l. If lse_RH is not null: lse = m + ln(l) (libm double log,
-/// rounded). Requires first_limit >= 1 and K <= kMaxHeadDim. Scratch: 24 × keys floats per thread
+/// v_jd, from +0; out_d = o_d / l. j runs over the entries the row sees, by their place in `pages`:
+/// an entry's lane is its slot. If lse_RH is not null: lse = m + ln(l) (libm double log, rounded).
+/// Requires that each row sees an entry, and K <= kMaxHeadDim. Scratch: 24 × keys floats per thread
 /// (fewer for fewer queries). Adds 4·K·H per visited (row, key) to the op counter.
 void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
             std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH);

@@ -43,24 +43,27 @@ namespace {
 
 /// One query row and head.
 void AttendOne(const KvLayout& layout, float scale, const float* q, const float* const* pages,
-               int64_t kv_head, int64_t limit, float* out, float* lse) {
+               int64_t kv_head, const RowView& view, float* out, float* lse) {
   const int64_t dim = layout.head_dim;
   const int64_t k_at = kv_head * dim * kPageEntries;
   const int64_t v_at = k_at + layout.num_kv_heads * dim * kPageEntries;
-  std::vector<float> p(limit);
+  std::vector<float> p(view.end);
+  const auto seen = [&](int64_t j) { return j < view.kept || j >= view.begin; };
   float max = -std::numeric_limits<float>::infinity();
-  for (int64_t j = 0; j < limit; ++j) {
+  for (int64_t j = 0; j < view.end; ++j) {
+    if (!seen(j)) continue;
     const float* k = pages[j / kPageEntries] + k_at + j % kPageEntries;
     float acc = 0;
     for (int64_t i = 0; i < dim; ++i) acc = std::fma(q[i], k[i * kPageEntries], acc);
     p[j] = scale * acc;
     max = std::max(max, p[j]);
   }
-  for (float& s : p) s = Exp(s - max);
-  const float sum = LaneSum(limit, [&](float lane, int64_t j) { return lane + p[j]; });
+  for (int64_t j = 0; j < view.end; ++j) p[j] = seen(j) ? Exp(p[j] - max) : 0;
+  const float sum = LaneSum(view.end, [&](float lane, int64_t j) { return lane + p[j]; });
   for (int64_t i = 0; i < dim; ++i) {
     float acc = 0;
-    for (int64_t j = 0; j < limit; ++j) {
+    for (int64_t j = 0; j < view.end; ++j) {
+      if (!seen(j)) continue;
       acc = std::fma(p[j], pages[j / kPageEntries][v_at + j % kPageEntries * dim + i], acc);
     }
     out[i] = acc / sum;
@@ -77,7 +80,8 @@ void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float*
     for (int64_t i = 0; i < s.num_rows; ++i) {
       const int64_t row = s.row_begin + i;
       for (int64_t h = 0; h < num_heads; ++h) {
-        AttendOne(layout, scale, q + row * ldq + h * dim, s.pages, h / group, s.first_limit + i,
+        if (s.head >= 0 && s.head != h) continue;
+        AttendOne(layout, scale, q + row * ldq + h * dim, s.pages, h / group, s.View(i),
                   out + row * ldout + h * dim, lse_RH ? lse_RH + row * num_heads + h : nullptr);
       }
     }
