@@ -54,6 +54,12 @@ std::vector<Variant> Variants() {
                            {"budget", "compute"},
                            {"budget_target", 0.01},
                            {"aux_loss_coeff", 0.5}}),
+      v("dtrnet_window", {{"method", "dtrnet"}, {"bypass", "window"}, {"window", 9}, {"sink", 2}}),
+      v("dtrnet_window_ste",
+        {{"method", "dtrnet"}, {"bypass", "window"}, {"window", 20}, {"estimator", "ste"}}, false),
+      v("dtrnet_window_soft",
+        {{"method", "dtrnet"}, {"bypass", "window"}, {"window", 5}, {"estimator", "soft"}}),
+      v("dtrnet_soft_keys", {{"method", "dtrnet"}, {"estimator", "soft"}, {"soft_keys", true}}),
       v("dtrnet_random", {{"method", "dtrnet"}, {"decider", "random"}}, true, false),
       v("dtrnet_every_nth", {{"method", "dtrnet"}, {"decider", "every_nth"}, {"share", 0.3}}, true,
         false),
@@ -68,6 +74,18 @@ std::vector<Variant> Variants() {
          {{"method", "moe"}, {"experts", 3}}},
         true, false),
       v("early_exit", {{"method", "early_exit"}, {"max_dropout", 0.8}}, true, false),
+      v("blocks", {{"method", "blocks"}, {"block_size", 16}, {"top_k", 2}}, true, false),
+      v("blocks_random",
+        {{"method", "blocks"}, {"block_size", 16}, {"top_k", 3}, {"decider", "random"}}, true,
+        false),
+      v("mod_around_blocks",
+        {{{"method", "mod"}, {"capacity", 0.7}},
+         {{"method", "blocks"}, {"block_size", 16}, {"top_k", 1}}},
+        true, false),
+      v("mod_around_window",
+        {{{"method", "mod"}, {"capacity", 0.7}},
+         {{"method", "dtrnet"}, {"bypass", "window"}, {"window", 6}, {"sink", 3}}},
+        true, false),
       v("moe", {{"method", "moe"}, {"experts", 4}, {"z_loss_coeff", 0.01}}, true, false),
       v("moe_switch",
         {{"method", "moe"},
@@ -185,7 +203,8 @@ TEST_P(Conformance, RoutersSplitTheRows) {
   for (const model::RouterId& id : model::Routers(m.config)) {
     const routing::Plan& plan = *PlanOf(plans[id.layer], id.site).plan;
     ASSERT_TRUE(plan.decided());
-    const bool serves = GetParam().name != "early_exit";  // its rows skip in training only
+    // Rows of early_exit skip in training only; blocks chooses keys.
+    const bool serves = GetParam().name != "early_exit" && plan.blocks.size == 0;
     if (plan.experts.empty() && serves) {
       EXPECT_GT(plan.NumRouted(), 0) << id.name;
       EXPECT_LT(plan.NumRouted(), plan.num_rows) << id.name;

@@ -112,6 +112,34 @@ TEST(RaggedCache, TruncateDropsPositionsNotEntries) {
   EXPECT_EQ(cache.bytes(), 0);
 }
 
+TEST(RaggedCache, AWindowForgetsWhatDoesNotStay) {
+  model::ModelConfig c = Shape("all", 1);
+  c.routing[0].options["bypass"] = "window";
+  c.routing[0].options["window"] = 100;
+  RaggedCache cache(c);
+  ops::KvStore& store = *cache.stores()[0];
+  const kernels::KvLayout layout = cache.layer(0).layout();
+  const std::vector<float> kv(layout.num_kv_heads * layout.head_dim);
+  for (int32_t p = 0; p < 8192; ++p) {
+    for (ops::KvStore* s : {&store, store.recent()}) {
+      if (s == &store && p % 10 != 0) continue;
+      const ops::KvStore::Pages pages = s->Extend(0, 1);
+      kernels::WriteKvRows(layout, pages.pages, pages.first_entry, 1, kv.data(), 0, kv.data(), 0,
+                           &p);
+      if (s != &store) s->Forget(0, pages.first_entry - 100 - ops::kRollback);
+    }
+  }
+  EXPECT_EQ(cache.layer(0).num_entries(0), 820);
+  EXPECT_GE(cache.layer(0).num_recent(0), 100 + ops::kRollback);
+  EXPECT_LT(cache.layer(0).num_recent(0), 100 + ops::kRollback + 2 * kernels::kPageEntries);
+  EXPECT_LT(cache.bytes(), 0.15 * 8192 / kernels::kPageEntries * layout.PageBytes());
+  cache.Truncate(0, 8192 - ops::kRollback);
+  EXPECT_EQ(cache.layer(0).num_entries(0), 813);
+  EXPECT_THROW(cache.Truncate(0, 8000), std::logic_error);
+  cache.Remove(0);
+  EXPECT_EQ(cache.bytes(), 0);
+}
+
 /// 10,000 random operations on a layer and on a map of vectors: same entries, same values.
 void CheckAgainstMap(bool with_positions) {
   const kernels::KvLayout layout{1, 8, with_positions};

@@ -70,8 +70,12 @@ void PagePool::Give(float* page) {
   if (slab.free.size() == 1) with_free_.push_back(it->first);
 }
 
-LayerCache::LayerCache(const kernels::KvLayout& layout)
-    : layout_(layout), pool_(layout.PageBytes()) {}
+LayerCache::LayerCache(const kernels::KvLayout& layout, int64_t window)
+    : layout_(layout), pool_(layout.PageBytes()) {
+  if (window == 0) return;
+  recent_ = std::make_unique<LayerCache>(layout);
+  recent_->readable_ = window;
+}
 
 LayerCache::~LayerCache() = default;
 
@@ -84,33 +88,43 @@ ops::KvStore::Pages LayerCache::Extend(int32_t sequence, int64_t num_entries) {
   return {entries.pages.data(), first};
 }
 
+void LayerCache::Forget(int32_t sequence, int64_t entry) {
+  Entries& entries = sequences_.at(sequence);
+  for (; (entries.first_page + 1) * kernels::kPageEntries <= entry; ++entries.first_page) {
+    pool_.Give(entries.pages[entries.first_page]);
+    entries.pages[entries.first_page] = nullptr;
+  }
+}
+
 void LayerCache::Shrink(Entries& entries, int64_t count) {
   entries.count = count;
   const int64_t pages = (count + kernels::kPageEntries - 1) / kernels::kPageEntries;
   while (static_cast<int64_t>(entries.pages.size()) > pages) {
-    pool_.Give(entries.pages.back());
+    if (entries.pages.back()) pool_.Give(entries.pages.back());
     entries.pages.pop_back();
   }
 }
 
 void LayerCache::Truncate(int32_t sequence, int64_t num_positions) {
+  if (recent_) recent_->Truncate(sequence, num_positions);
   const auto it = sequences_.find(sequence);
   if (it == sequences_.end()) return;
   Entries& entries = it->second;
   int64_t count = std::min(entries.count, num_positions);
-  if (layout_.with_positions) {
-    // Entry j's position is at least j, so none beyond `count` survives; positions rise.
-    const int64_t offset = 2 * layout_.num_kv_heads * layout_.head_dim * kernels::kPageEntries;
-    const auto position = [&](int64_t j) {
-      const float* page = entries.pages[j / kernels::kPageEntries];
-      return reinterpret_cast<const int32_t*>(page + offset)[j % kernels::kPageEntries];
-    };
-    while (count > 0 && position(count - 1) >= num_positions) --count;
+  // Entry j's position is at least j, so none beyond `count` survives; positions rise.
+  const auto forgotten = [&](int64_t j) { return j / kernels::kPageEntries < entries.first_page; };
+  while (layout_.with_positions && count > 0 && !forgotten(count - 1) &&
+         layout_.Position(entries.pages.data(), count - 1) >= num_positions) {
+    --count;
   }
+  DETOUR_CHECK(entries.first_page == 0 || !forgotten(std::max<int64_t>(0, count - readable_)),
+               "sequence {} cannot go back to {} positions: its window moved on", sequence,
+               num_positions);
   Shrink(entries, count);
 }
 
 void LayerCache::Remove(int32_t sequence) {
+  if (recent_) recent_->Remove(sequence);
   const auto it = sequences_.find(sequence);
   if (it == sequences_.end()) return;
   Shrink(it->second, 0);
@@ -122,12 +136,17 @@ int64_t LayerCache::num_entries(int32_t sequence) const {
   return it == sequences_.end() ? 0 : it->second.count;
 }
 
+int64_t LayerCache::num_recent(int32_t sequence) const {
+  if (!recent_) return 0;
+  const auto it = recent_->sequences_.find(sequence);
+  if (it == recent_->sequences_.end()) return 0;
+  return it->second.count - it->second.first_page * kernels::kPageEntries;
+}
+
 RaggedCache::RaggedCache(const model::ModelConfig& config) {
   for (int32_t l = 0; l < config.num_layers; ++l) {
-    const bool routed =
-        HasRouter(config, l, routing::Site::kLayer) || HasRouter(config, l, routing::Site::kMixer);
-    layers_.push_back(std::make_unique<LayerCache>(
-        kernels::KvLayout{config.num_kv_heads, config.head_dim, routed}));
+    const model::KvShape shape = model::KvShapeOf(config, l);
+    layers_.push_back(std::make_unique<LayerCache>(shape.layout, shape.window.size));
     stores_.push_back(layers_.back().get());
   }
 }

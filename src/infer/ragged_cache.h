@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "model/config.h"
+#include "model/model.h"
 #include "ops/attention.h"
 
 namespace detour::infer {
@@ -39,32 +39,40 @@ class PagePool {
       with_free_;  // slabs that had a free page when last touched; may hold stale entries
 };
 
-/// One layer of the cache. Entries of a sequence are in order of position, 16 to a page.
+/// One layer of the cache. Entries of a sequence are in order of position, 16 to a page. With a
+/// window of positions, entries of all rows live in `recent` until they are behind it, beside those
+/// that stay.
 class LayerCache : public ops::KvStore {
  public:
-  LayerCache(const kernels::KvLayout& layout);
+  explicit LayerCache(const kernels::KvLayout& layout, int64_t window = 0);
   ~LayerCache() override;
   Pages Extend(int32_t sequence, int64_t num_entries) override;
-  /// Drops entries at positions >= `num_positions`, and pages that hold no entry any more.
+  KvStore* recent() override { return recent_.get(); }
+  void Forget(int32_t sequence, int64_t entry) override;
+  /// Drops entries at positions >= `num_positions`, and pages that hold no entry any more. CHECKs
+  /// that nothing forgotten would be needed.
   void Truncate(int32_t sequence, int64_t num_positions);
   void Remove(int32_t sequence);
+  /// Entries that stay, and those that a window holds beside them.
   int64_t num_entries(int32_t sequence) const;
-  int64_t bytes() const { return pool_.bytes_in_use(); }
+  int64_t num_recent(int32_t sequence) const;
+  int64_t bytes() const { return pool_.bytes_in_use() + (recent_ ? recent_->bytes() : 0); }
   const kernels::KvLayout& layout() const { return layout_; }
 
  private:
   struct Entries {
     std::vector<float*> pages;
-    int64_t count = 0;
+    int64_t count = 0, first_page = 0;  // pages before that one were given back
   };
   void Shrink(Entries& entries, int64_t count);
   kernels::KvLayout layout_;
   PagePool pool_;
   std::map<int32_t, Entries> sequences_;
+  int64_t readable_ = 0;  // of a `recent` cache: entries that the next row may look back
+  std::unique_ptr<LayerCache> recent_;
 };
 
-/// The cache of a model: one LayerCache a layer; routed layers also store positions. Not
-/// thread-safe.
+/// The cache of a model: one LayerCache a layer (model::KvShapeOf). Not thread-safe.
 class RaggedCache {
  public:
   explicit RaggedCache(const model::ModelConfig& config);
@@ -72,6 +80,7 @@ class RaggedCache {
   const std::vector<ops::KvStore*>& stores() const { return stores_; }
   const LayerCache& layer(int32_t l) const { return *layers_[l]; }
   /// After this the cache is as if only positions [0, num_positions) of the sequence had been seen.
+  /// A model with windows can be taken back by the last call's tokens and ops::kRollback more.
   void Truncate(int32_t sequence, int64_t num_positions);
   void Remove(int32_t sequence);
   /// Pages handed out × page size, over all layers.

@@ -7,6 +7,8 @@
 #include <memory>
 
 #include "core/error.h"
+#include "model/model.h"
+#include "routing/blocks.h"
 #include "routing/registry.h"
 
 namespace detour::model {
@@ -20,14 +22,17 @@ struct LayerRouters {
   std::unique_ptr<routing::Router> at[3];
   bool value_bypass = false, write_all = false;
   int64_t experts_per_row = 0;
+  ops::WindowRule window;
+  ops::BlockRule blocks;
 
-  LayerRouters(const ModelConfig& c, int32_t l) {
+  LayerRouters(const ModelConfig& c, int32_t l) : window(KvShapeOf(c, l).window) {
     for (const routing::RoutingConfig& r : c.routing) {
       if (!r.HasLayer(l)) continue;
       for (auto& router : routing::FindMethod(r.method).make(r, RouterShape(c), l)) {
         if (router->site() == Site::kMixer) {
-          value_bypass = r.Text("bypass") != "identity";
-          write_all = r.Text("kv") == "all";
+          value_bypass = r.TextOr("bypass", "identity") != "identity";
+          write_all = r.TextOr("kv", "") == "all";
+          if (r.options.contains("block_size")) blocks = routing::BlockRuleOf(r, l);
         }
         if (router->num_experts() > 0) experts_per_row = r.Int("top_k");
         const auto site = static_cast<size_t>(router->site());
@@ -41,6 +46,50 @@ struct LayerRouters {
 
 double RowsIn(const routing::Plan& plan, double num_rows) {
   return plan.decided() ? static_cast<double>(plan.NumRouted()) : num_rows;
+}
+
+/// Adds what row `entry` of a document does among blocks.
+void AddBlockRow(const ops::BlockRule& rule, int64_t entry, LayerRows* rows) {
+  const bool chooses = entry / rule.size >= rule.top;
+  rows->visited +=
+      static_cast<double>(chooses ? (rule.top - 1) * rule.size + entry % rule.size + 1 : entry + 1);
+  if (chooses && !rule.random) rows->scored += static_cast<double>(entry / rule.size);
+}
+
+/// Keys that the rows of a document of n rows see in a window, if `share` of them, evenly spread,
+/// stay and see far.
+double VisitedInWindow(const ops::WindowRule& rule, int64_t n, double share) {
+  double visited = 0;
+  for (int64_t p = 0; p < n; ++p) {
+    const auto behind = static_cast<double>(std::max<int64_t>(0, p + 1 - rule.size));
+    const double sink = std::min(static_cast<double>(rule.sink), behind);
+    visited += static_cast<double>(p + 1) - behind + sink + share * share * (behind - sink);
+  }
+  return visited;
+}
+
+/// Keys that the rows of `stream` visit under a mixer's plan.
+void CountVisited(const routing::Stream& stream, const routing::Plan& mixer, LayerRows* r) {
+  if (mixer.bypass == routing::Bypass::kWindow) {
+    r->attended = r->entered;
+    ops::AttendShape shape{.positions_W = stream.positions_N};
+    shape.segments = RoutedSegments(stream, routing::Plan{});
+    r->visited += static_cast<double>(VisitedInWindow(shape, WindowRowsOf(stream, mixer)));
+  } else if (mixer.blocks.size > 0) {
+    for (const routing::Segment& s : stream.segments) {
+      for (int64_t e = 0; e < s.end - s.begin; ++e) AddBlockRow(mixer.blocks, e, r);
+    }
+  } else if (mixer.write_all && !mixer.all_routed) {
+    const at::Tensor all = at::arange(stream.num_rows(), at::kInt);
+    for (const ops::Prefix& p : Prefixes(stream, mixer.rows_R, all)) {
+      r->visited += static_cast<double>(p.end - p.begin);
+    }
+  } else {
+    for (const ops::RoutedSegment& s : RoutedSegments(stream, mixer)) {
+      const auto n = static_cast<double>(s.end - s.begin);
+      r->visited += n * (n + 1) / 2;
+    }
+  }
 }
 
 }  // namespace
@@ -74,6 +123,7 @@ void LayerRows::Add(const LayerRows& other) {
   entered += other.entered;
   attended += other.attended;
   visited += other.visited;
+  scored += other.scored;
   fed += other.fed;
 }
 
@@ -89,17 +139,7 @@ std::vector<LayerRows> RowsOf(const ModelConfig& c, const routing::Stream& strea
     r.fed = RowsIn(ffn, r.entered);
     if (!ffn.experts.empty()) r.fed = 0;
     for (const routing::ExpertRows& e : ffn.experts) r.fed += static_cast<double>(e.rows.size(0));
-    if (mixer.write_all && !mixer.all_routed) {
-      const at::Tensor all = at::arange(entered.num_rows(), at::kInt);
-      for (const ops::Prefix& p : Prefixes(entered, mixer.rows_R, all)) {
-        r.visited += static_cast<double>(p.end - p.begin);
-      }
-    } else {
-      for (const ops::RoutedSegment& s : RoutedSegments(entered, mixer)) {
-        const auto n = static_cast<double>(s.end - s.begin);
-        r.visited += n * (n + 1) / 2;
-      }
-    }
+    CountVisited(entered, mixer, &r);
     rows.push_back(r);
   }
   return rows;
@@ -114,9 +154,17 @@ std::vector<LayerRows> RowsAtShare(const ModelConfig& c, int64_t num_tokens, dou
     };
     LayerRows r;
     r.entered = within(Site::kLayer, static_cast<double>(num_tokens));
-    r.attended = within(Site::kMixer, r.entered);
-    // With every key written, rows spread evenly see half of them on average.
-    r.visited = r.attended * ((routers.write_all ? r.entered : r.attended) + 1) / 2;
+    if (routers.window.size > 0) {
+      r.attended = r.entered;
+      r.visited = VisitedInWindow(routers.window, std::llround(r.entered), share);
+    } else if (routers.blocks.size > 0) {
+      r.attended = r.entered;
+      for (int64_t e = 0; e < std::llround(r.entered); ++e) AddBlockRow(routers.blocks, e, &r);
+    } else {
+      r.attended = within(Site::kMixer, r.entered);
+      // With every key written, rows spread evenly see half of them on average.
+      r.visited = r.attended * ((routers.write_all ? r.entered : r.attended) + 1) / 2;
+    }
     r.fed = routers.experts_per_row > 0 ? r.entered * static_cast<double>(routers.experts_per_row)
                                         : within(Site::kFfn, r.entered);
     rows.push_back(r);
@@ -136,7 +184,10 @@ Flops ForwardFlops(const ModelConfig& c, int64_t num_tokens, const std::vector<L
     // V and O serve both ways if the bypass is the value; Q only rows that attend.
     const double v = routers.value_bypass ? in : written, o = routers.value_bypass ? in : r;
     f.projections += 2 * d * (r * q_width + written * kv_width + v * kv_width + o * q_width);
-    f.scores += 4 * q_width * (counting == Counting::kCausal ? rows[l].visited : r * written);
+    const bool sparse = routers.window.size > 0 || routers.blocks.size > 0;
+    const bool visited = counting == Counting::kCausal || sparse;
+    f.scores += 4 * q_width * (visited ? rows[l].visited : r * written);
+    f.scores += 2 * q_width * rows[l].scored;
     const double shared = routers.experts_per_row > 0 && HasSharedExpert(c, l) ? in : 0;
     f.mlp += 6 * d * c.intermediate_size * (fed + shared);
     f.router +=
@@ -185,9 +236,16 @@ double KvBytes(const ModelConfig& c, int64_t num_tokens, double share) {
     const LayerRouters routers(c, l);
     double entries = static_cast<double>(num_tokens);
     if (routers[Site::kLayer]) entries *= share;
-    if (routers[Site::kMixer] && !routers.write_all) entries *= share;
-    const bool ragged = routers[Site::kLayer] || routers[Site::kMixer];
-    bytes += entries * (entry + (ragged ? 4 : 0));
+    const double window = static_cast<double>(routers.window.size);
+    const double sink = std::min(static_cast<double>(routers.window.sink), entries);
+    if (routers[Site::kMixer] && window > 0) {
+      entries = share * (entries - sink) + sink + std::min(entries, window);
+    } else if (routers[Site::kMixer] && !routers.write_all && routers.blocks.size == 0) {
+      entries *= share;
+    }
+    const kernels::KvLayout layout = KvShapeOf(c, l).layout;
+    const double sums = layout.block_pages > 0 ? entry / 2 / kernels::kPageEntries : 0;
+    bytes += entries * (entry + sums + (layout.with_positions ? 4 : 0));
   }
   return bytes;
 }

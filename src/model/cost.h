@@ -25,7 +25,7 @@ struct Flops {
 };
 
 /// How scores are counted: the keys a causal kernel visits, or the whole square of the attending
-/// rows (as papers do).
+/// rows (as papers do; windows and blocks have no square).
 enum class Counting { kCausal, kFull };
 
 /// Rows of one layer that do its work.
@@ -33,6 +33,7 @@ struct LayerRows {
   double entered = 0;   ///< that the layer let in
   double attended = 0;  ///< of those, that query
   double visited = 0;   ///< keys that these see, together
+  double scored = 0;    ///< blocks of keys that these score to choose among them
   double fed = 0;       ///< rows that take the MLP; of all experts together, if it has any
 
   void Add(const LayerRows& other);
@@ -53,8 +54,9 @@ Flops ForwardFlops(const ModelConfig& config, int64_t num_tokens, double share, 
 /// that F. The result is within 0.5 % or an Error("info.match").
 ModelConfig MatchFlops(const ModelConfig& config, int64_t num_tokens, double share);
 
-/// Σ_l entries_l · (2·G·K·4 bytes, + 4 bytes position where rows may be missing), for `num_tokens`
-/// cached tokens; a gate lets `share` of them in. Without page rounding.
+/// Σ_l entries_l · (2·G·K·4 bytes, + 4 bytes position where rows may be missing, + the sums of
+/// blocks), for `num_tokens` cached tokens; a gate lets `share` of them in, and a window holds its
+/// size beside. Without page rounding.
 double KvBytes(const ModelConfig& config, int64_t num_tokens, double share);
 
 }  // namespace detour::model

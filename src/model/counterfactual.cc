@@ -55,6 +55,10 @@ at::Tensor MixerDifference(const Model& model, const LayerWeights& layer, const 
                            const at::Tensor& y_ND, const Stream& stream, const Plan& plan) {
   const at::NoGradGuard no_grad;
   at::Tensor difference = y_ND - x_ND;  // rows left out have the bypass here
+  if (plan.bypass == Bypass::kWindow) {
+    const at::Tensor other = WindowAttention(model, layer, x_ND, stream, plan, nullptr, true);
+    return (difference - other) * (2 * FlagTensor(plan) - 1).unsqueeze(1);
+  }
   if (!plan.all_routed) {
     difference = JoinRows(difference, plan, AttendLeftOut(model, layer, x_ND, stream, plan));
   }
@@ -97,7 +101,7 @@ at::Tensor AddSoftly(const at::Tensor& x_ND, const Plan& plan,
                      const std::function<at::Tensor(const Plan&)>& attention) {
   const at::Tensor y = ops::AddScaled(x_ND, attention(Plan{}), plan.gate_N);
   if (plan.bypass == Bypass::kIdentity) return y;
-  Plan nobody{.bypass = plan.bypass};
+  Plan nobody{.bypass = plan.bypass, .window = plan.window};
   SetRows(std::vector<uint8_t>(x_ND.size(0), 0), &nobody);
   at::Tensor bypass = attention(nobody);
   if (plan.bypass_D.defined()) bypass = bypass + plan.bypass_D;

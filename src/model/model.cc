@@ -66,6 +66,19 @@ void ForEachTensor(Model& model, const routing::TensorVisitor& visit) {
   }
 }
 
+KvShape KvShapeOf(const ModelConfig& c, int32_t layer) {
+  KvShape shape{{c.num_kv_heads, c.head_dim}, {}};
+  shape.layout.with_positions =
+      HasRouter(c, layer, routing::Site::kLayer) || HasRouter(c, layer, routing::Site::kMixer);
+  for (const routing::RoutingConfig& r : c.routing) {
+    if (!r.HasLayer(layer)) continue;
+    if (r.TextOr("bypass", "") == "window") shape.window = {r.Int("window"), r.Int("sink")};
+    shape.layout.block_pages =
+        static_cast<int64_t>(r.NumberOr("block_size", 0)) / kernels::kPageEntries;
+  }
+  return shape;
+}
+
 namespace {
 
 FfnWeights AllocateFfn(const ModelConfig& c) {
@@ -110,6 +123,7 @@ Model AllocateModel(const ModelConfig& c) {
     w.k.weight = at::zeros({kv_width, c.hidden_size});
     w.v.weight = at::zeros({kv_width, c.hidden_size});
     w.o.weight = at::zeros({c.hidden_size, q_width});
+    w.kv_layout = KvShapeOf(c, l).layout;
     AddRouters(c, l, &w);
     for (FfnWeights& expert : w.experts) expert = AllocateFfn(c);
     if (w.experts.empty() || HasSharedExpert(c, l)) w.ffn = AllocateFfn(c);

@@ -17,6 +17,14 @@
 
 namespace detour::model {
 
+/// What one layer stores of a token: the layout of its pages (with positions where rows may be
+/// missing), and the window behind which entries leave that do not stay (size 0: all stay).
+struct KvShape {
+  kernels::KvLayout layout;
+  ops::WindowRule window;
+};
+KvShape KvShapeOf(const ModelConfig& config, int32_t layer);
+
 struct FfnWeights {
   ops::Matrix gate, up, down;  ///< [F, D], [F, D], [D, F]; without weights where there is none
 };
@@ -27,13 +35,12 @@ struct LayerWeights {
   FfnWeights ffn;                    ///< the MLP; beside experts, the one that every row takes
   std::vector<FfnWeights> experts;   ///< empty: no experts
   std::array<std::unique_ptr<routing::Router>, 3> routers;  ///< by Site; null where nobody decides
+  kernels::KvLayout kv_layout;
 
   routing::Router* router(routing::Site site) const {
     return routers[static_cast<size_t>(site)].get();
   }
   bool routed() const { return routers[0] || routers[1] || routers[2]; }
-  /// Whether rows may write no keys and values, so that entries carry their positions.
-  bool ragged() const { return router(routing::Site::kLayer) || router(routing::Site::kMixer); }
 };
 
 struct Model {
@@ -93,10 +100,17 @@ at::Tensor RunLayer(const Model& model, const LayerWeights& layer, const at::Ten
                     routing::LayerPlans* plans);
 
 /// Attention of a layer, added to x, for the rows that the plan names. `gated`: gates that decided
-/// which keys there are, and whose gradient counts that. (block.cc)
+/// which keys there are, and whose gradient counts that. (mixer.cc)
 at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
                  const routing::Stream& stream, const routing::Plan& plan, ops::KvStore* store,
                  const ops::GatedKeys* gated = nullptr);
+/// W_O of the attention of all rows in a window and among those that stay; `swapped` as in
+/// routing::WindowRowsOf. (mixer.cc)
+at::Tensor WindowAttention(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+                           const routing::Stream& stream, const routing::Plan& plan,
+                           ops::KvStore* store, bool swapped);
+/// x with f_RD, the answer for the plan's rows, added to those with their weights. (block.cc)
+at::Tensor AddAnswer(const at::Tensor& x_ND, const routing::Plan& plan, const at::Tensor& f_RD);
 /// The MLP, added to x, for the rows that the plan names. (block.cc)
 at::Tensor Ffn(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
                const routing::Plan& plan);

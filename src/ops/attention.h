@@ -1,5 +1,4 @@
-// The mixer's core: routed rows attend among the entries of their sequence, bypassed rows take
-// their own value.
+// The mixer's core: which rows attend among which entries of their document, and their gradients.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,12 +22,15 @@ class KvStore {
   /// Room for `num_entries` more entries of `sequence`. Pages stay valid until the sequence is
   /// extended or truncated again.
   virtual Pages Extend(int32_t sequence, int64_t num_entries) = 0;
+  /// Where every row's entry lives while it is recent, beside those that stay; null: nowhere.
+  virtual KvStore* recent() { return nullptr; }
+  /// Entries of the sequence before `entry` will not be read again.
+  virtual void Forget(int32_t /*sequence*/, int64_t /*entry*/) {}
 };
 
-/// Consecutive entries of the routed rows that attend to one another (one document of one
-/// sequence).
+/// Consecutive rows that attend to one another (one document of one sequence).
 struct RoutedSegment {
-  int64_t begin = 0, end = 0;  ///< range of routed rows (indices into rows_R)
+  int64_t begin = 0, end = 0;  ///< rows
   int32_t sequence = 0;
 };
 
@@ -37,15 +39,20 @@ struct Prefix {
   int64_t begin = 0, end = 0;
 };
 
+/// What all attention operations are told. The W rows that write entries have positions.
+struct AttendShape {
+  int64_t num_heads = 0;
+  kernels::KvLayout layout;
+  at::Tensor positions_W;               ///< i32
+  std::vector<RoutedSegment> segments;  ///< of the rows that write
+  KvStore* store = nullptr;             ///< null: entries live for this call only
+};
+
 /// One mixer call. R rows out of N query; W rows write entries: those R, or all N.
 struct MixArgs {
+  AttendShape shape;
   at::Tensor rows_R;       ///< i32, ascending: the rows that query; undefined: all
   at::Tensor bypass_rows;  ///< i32, ascending: all others, if they take their own value
-  at::Tensor positions_W;  ///< i32
-  std::vector<RoutedSegment> segments;  ///< of the rows that write
-  int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
-  bool with_positions = false;  ///< page layout of `store`
-  KvStore* store = nullptr;     ///< null: entries live for this call only
 };
 
 /// Causal attention of the querying rows among their segment's entries and those its sequence
@@ -56,8 +63,46 @@ struct MixArgs {
 /// where R < W; a store must be null then.
 at::Tensor Mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MixArgs& args);
 
+/// A window of positions, and the first positions of a document.
+struct WindowRule {
+  int64_t size = 0, sink = 0;  ///< size 0: none
+};
+/// Recent entries that are kept behind the window: a sequence may be taken back by what the last
+/// call added and so many entries more.
+inline constexpr int64_t kRollback = 64;
+/// Rows of a call by which the window's views are decided; flags of all N rows.
+struct WindowRows {
+  WindowRule rule;
+  std::vector<uint8_t> stays;  ///< its entry stays when it is no longer recent
+  std::vector<uint8_t> far;    ///< sees every entry that stays, not the sink's alone
+};
+
+/// Attention of all N rows, [N, H·K]. A row at position p sees the entries of its document at
+/// positions (p − size, p], and of those that stay the ones before: all of them if it sees far,
+/// else those at positions < sink. Entries of rows that do not stay leave the store (its `recent`)
+/// behind the window. Backward as Mix's, in blocks of 128 queries. METHODS §6.
+at::Tensor MixWindow(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                     const AttendShape& shape, const WindowRows& rows);
+/// (row, key) pairs that such a call visits, without a store.
+int64_t VisitedInWindow(const AttendShape& shape, const WindowRows& rows);
+
+/// Keys by block: a query sees its own block up to itself and `top − 1` earlier blocks.
+struct BlockRule {
+  int64_t size = 0, top = 0;  ///< entries, a multiple of 16; 0: none
+  bool random = false;        ///< scores are hashes of (seed, layer, position, head, block)
+  uint64_t seed = 0;
+  int32_t layer = 0;
+};
+
+/// Attention of all N rows, [N, H·K], each query head among the blocks it chose: those of highest
+/// q · Σ keys (MoBA, METHODS §6), the lower one of equals. The layout's block_pages are size / 16.
+/// No gradient through the choice. Blocks not chosen are not read but for their sums.
+at::Tensor MixBlocks(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                     const AttendShape& shape, const BlockRule& rule);
+
 /// Attention of queries q [U, H·K] that write nothing, each among the entries of its prefix; an
-/// empty prefix gives 0. No gradients.
+/// empty prefix gives 0. Prefixes of one document have one begin, and ends that do not fall. No
+/// gradients.
 at::Tensor AttendPrefix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                         const std::vector<Prefix>& prefixes, int64_t num_heads,
                         int64_t num_kv_heads, int64_t head_dim);

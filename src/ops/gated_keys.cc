@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/attention.h"
+#include "ops/attend.h"
 #include "ops/linear.h"
 
 namespace detour::ops {
@@ -14,37 +14,30 @@ using torch::autograd::variable_list;
 
 namespace {
 
-/// One block of queries [b, e) of a document against its rows [begin, end).
-struct Block {
+/// What is needed to weigh keys against a block of queries.
+struct KeyWeights {
   const at::Tensor &q, &out, &dout, &k, &v, &written_N;
   int64_t num_kv_heads, head_dim;
 
-  /// [rows, heads·K] -> [G, heads/G · rows, K].
-  at::Tensor Queries(const at::Tensor& t, int64_t b, int64_t e) const {
-    return t.slice(0, b, e)
-        .view({e - b, num_kv_heads, -1, head_dim})
-        .permute({1, 2, 0, 3})
-        .reshape({num_kv_heads, -1, head_dim});
-  }
-
-  /// What each row's key weight changes, [end − begin].
+  /// What the key weight of each row [begin, end) changes for queries [b, e) of the document.
   at::Tensor Gradient(int64_t b, int64_t e, const int32_t* rows, int64_t begin, int64_t end) const {
     const int64_t m = e - b, n = end - begin;
-    const auto entries = [&](const at::Tensor& t) {
-      return t.slice(0, begin, end).view({n, num_kv_heads, head_dim}).transpose(0, 1);
+    const auto queries = [&](const at::Tensor& t) {
+      return QueryHeads(t, b, e, num_kv_heads, head_dim);
     };
-    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    const auto entries = [&](const at::Tensor& t) {
+      return EntryHeads(t, begin, end, num_kv_heads).transpose(1, 2);
+    };
+    const double scale = 1 / std::sqrt(static_cast<float>(head_dim));
     const at::Tensor row = at::tensor(at::ArrayRef<int32_t>(rows + b, m)).unsqueeze(1) - begin;
     const at::Tensor entry = at::arange(n, at::kInt).unsqueeze(0);
-    at::Tensor s = at::bmm(Queries(q, b, e), entries(k).transpose(1, 2))
-                       .mul_(scale)
-                       .view({num_kv_heads, -1, m, n});
+    at::Tensor s = at::bmm(queries(q), entries(k)).mul_(scale).view({num_kv_heads, -1, m, n});
     s.masked_fill_(entry.gt(row), -INFINITY);
     const at::Tensor seen = s.masked_fill(written_N.slice(0, begin, end).eq(0), -INFINITY);
     const at::Tensor p = (s - seen.logsumexp(-1, true)).exp_().masked_fill_(entry.eq(row), 0);
-    const at::Tensor do_b = Queries(dout, b, e);
-    const at::Tensor delta = (do_b * Queries(out, b, e)).sum(-1, true);
-    const at::Tensor change = at::bmm(do_b, entries(v).transpose(1, 2)).sub_(delta);
+    const at::Tensor do_b = queries(dout);
+    const at::Tensor delta = (do_b * queries(out)).sum(-1, true);
+    const at::Tensor change = at::bmm(do_b, entries(v)).sub_(delta);
     return (p * change.view_as(p)).sum(at::IntArrayRef{0, 1, 2});
   }
 };
@@ -62,18 +55,17 @@ struct CountKeysFn : torch::autograd::Function<CountKeysFn> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    constexpr int64_t kBlock = 128;
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &gate_N = saved[4], &rows = saved[5];
     const at::Tensor dout = grads[0].contiguous();
-    const Block block{saved[1],
-                      saved[0],
-                      dout,
-                      saved[2],
-                      saved[3],
-                      gate_N,
-                      ctx->saved_data["num_kv_heads"].toInt(),
-                      ctx->saved_data["head_dim"].toInt()};
+    const KeyWeights weights{saved[1],
+                             saved[0],
+                             dout,
+                             saved[2],
+                             saved[3],
+                             gate_N,
+                             ctx->saved_data["num_kv_heads"].toInt(),
+                             ctx->saved_data["head_dim"].toInt()};
     const auto bounds = ctx->saved_data["bounds"].toIntVector();
     const int32_t* row = I32(rows);
     const int32_t* const last = row + rows.size(0);
@@ -81,9 +73,9 @@ struct CountKeysFn : torch::autograd::Function<CountKeysFn> {
     for (size_t i = 0; i < bounds.size(); i += 2) {
       const int64_t first = std::lower_bound(row, last, bounds[i]) - row;
       const int64_t end = std::lower_bound(row, last, bounds[i + 1]) - row;
-      for (int64_t b = first; b < end; b += kBlock) {
-        const int64_t e = std::min(b + kBlock, end), seen = row[e - 1] + 1;
-        dgate.slice(0, bounds[i], seen).add_(block.Gradient(b, e, row, bounds[i], seen));
+      for (int64_t b = first; b < end; b += kBlockQueries) {
+        const int64_t e = std::min(b + kBlockQueries, end), seen = row[e - 1] + 1;
+        dgate.slice(0, bounds[i], seen).add_(weights.Gradient(b, e, row, bounds[i], seen));
       }
     }
     return {grads[0],     at::Tensor(), at::Tensor(), at::Tensor(), dgate,

@@ -18,10 +18,13 @@ std::vector<Option> GateOptions() {
       ChoiceOption("estimator", "prob_gate", {"prob_gate", "ste", "gumbel_ste", "soft"},
                    "how the decision carries a gradient"),
       NumberOption("temperature", 1.0, 1e-3, 1e3, "of the Gumbel noise"),
-      ChoiceOption("bypass", "identity", {"identity", "value", "constant"},
+      ChoiceOption("bypass", "identity", {"identity", "value", "constant", "window"},
                    "what a row does that does not attend"),
+      IntOption("window", 128, 1, 1 << 30, "tokens that the window bypass sees, itself included"),
+      IntOption("sink", 4, 1, 1 << 30, "first tokens of a document that it sees too"),
       ChoiceOption("kv", "executed", {"executed", "all"}, "rows that write keys and values"),
       FlagOption("key_gradient", false, "a key that is not written carries gradient (ste)"),
+      FlagOption("soft_keys", false, "a key counts as much as its row attends (soft)"),
       IntOption("reserved", 0, 0, 1 << 20, "first tokens of a document that always take the span"),
       ChoiceOption("budget", "none",
                    {"none", "mean_prob", "target_l1", "target_l2", "target_token_l1", "compute"},
@@ -42,6 +45,13 @@ void CheckGate(const RoutingConfig& config, std::vector<std::string>* faults) {
         "bypass and kv \"all\" do not go together: with every key written "
         "the bypass is \"identity\"");
   }
+  if (config.Text("bypass") == "window" && config.Flag("key_gradient")) {
+    faults->push_back("key_gradient: with bypass \"window\" every key is written for a while");
+  }
+  if (config.Flag("soft_keys") && config.Text("estimator") != "soft") {
+    faults->push_back("soft_keys: expected estimator \"soft\" with it, got \"" +
+                      config.Text("estimator") + "\"");
+  }
 }
 
 void CheckLayerGate(const RoutingConfig& config, std::vector<std::string>* faults) {
@@ -51,6 +61,9 @@ void CheckLayerGate(const RoutingConfig& config, std::vector<std::string>* fault
   }
   if (config.Text("kv") == "all") {
     faults->push_back("kv: expected \"executed\": rows that skip a whole layer write no keys");
+  }
+  if (config.Flag("soft_keys")) {
+    faults->push_back("soft_keys: expected false: this gate is a layer's, not attention's");
   }
 }
 
@@ -153,15 +166,22 @@ class NormMlp : public GateScorer {
   at::Tensor norm_;
 };
 
+Bypass BypassNamed(const std::string& name) {
+  if (name == "identity") return Bypass::kIdentity;
+  return name == "window" ? Bypass::kWindow : Bypass::kValue;
+}
+
 class Gate : public Router {
  public:
   Gate(Site site, const RoutingConfig& config, const Shape& shape, const std::string& prefix)
       : Router(site),
         estimator_(config.Text("estimator")),
         temperature_(config.Number("temperature")),
-        bypass_(config.Text("bypass") == "identity" ? Bypass::kIdentity : Bypass::kValue),
+        bypass_(BypassNamed(config.Text("bypass"))),
+        window_{config.Int("window"), config.Int("sink")},
         write_all_(config.Text("kv") == "all"),
         key_gradient_(config.Flag("key_gradient")),
+        soft_keys_(config.Flag("soft_keys")),
         reserved_(config.Int("reserved")),
         control_(MakeControl(config, shape, prefix)) {
     if (config.Text("bypass") == "constant" && site == Site::kMixer) {
@@ -178,6 +198,7 @@ class Gate : public Router {
   Plan Decide(const Taps& taps, const DecideArgs& args) const override {
     Plan plan;
     plan.bypass = bypass_;
+    plan.window = window_;
     plan.write_all = write_all_;
     plan.bypass_D = constant_D_;
     if (control_) {
@@ -262,6 +283,7 @@ class Gate : public Router {
     } else if (estimator_ == "soft") {
       plan->gate_N = gate_N;
       plan->soft = true;
+      plan->soft_keys = soft_keys_ && site() == Site::kMixer;
     } else {
       plan->gate_N = ops::StraightThrough(FlagTensor(*plan), gate_N);
       plan->counterfactual = true;
@@ -272,7 +294,8 @@ class Gate : public Router {
   std::string estimator_;
   double temperature_;
   Bypass bypass_;
-  bool write_all_, key_gradient_;
+  ops::WindowRule window_;
+  bool write_all_, key_gradient_, soft_keys_;
   int64_t reserved_;
   at::Tensor constant_D_;  // undefined unless bypass is "constant"
   std::string constant_name_;

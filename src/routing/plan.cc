@@ -187,6 +187,18 @@ std::vector<ops::RoutedSegment> RoutedSegments(const Stream& stream, const Plan&
   return result;
 }
 
+ops::WindowRows WindowRowsOf(const Stream& stream, const Plan& plan, bool swapped) {
+  const int32_t* positions = ops::I32(stream.positions_N);
+  const std::vector<uint8_t> routed =
+      plan.decided() ? RoutedFlags(plan) : std::vector<uint8_t>(stream.num_rows(), 1);
+  ops::WindowRows rows{plan.window, routed, routed};
+  for (int64_t n = 0; n < stream.num_rows(); ++n) {
+    if (positions[n] < plan.window.sink) rows.stays[n] = 1;
+    rows.far[n] ^= static_cast<uint8_t>(swapped);
+  }
+  return rows;
+}
+
 at::Tensor RoutedPositions(const Stream& stream, const Plan& plan) {
   return plan.all_routed ? stream.positions_N : stream.positions_N.index_select(0, plan.rows_R);
 }

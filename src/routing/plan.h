@@ -40,8 +40,9 @@ struct Stream {
   Stream Select(const at::Tensor& rows_R) const;
 };
 
-/// What a row does at the mixer when it does not attend.
-enum class Bypass : uint8_t { kValue, kIdentity };
+/// What a row does at the mixer when it does not attend: take its own value, nothing, or attend in
+/// a window.
+enum class Bypass : uint8_t { kValue, kIdentity, kWindow };
 
 /// Rows that go to one expert, and the weight of its answer.
 struct ExpertRows {
@@ -58,7 +59,9 @@ struct Plan {
   at::Tensor bypass_rows;  ///< i32: the others
   Bypass bypass = Bypass::kIdentity;
   at::Tensor bypass_D;  ///< f32 with gradient, what the value bypass adds beside; undefined: none
-  bool write_all = false;           ///< bypassed rows write K and V all the same
+  ops::WindowRule window;  ///< of the window bypass: routed rows see it beside the routed ones
+  ops::BlockRule blocks;   ///< which keys the rows see; all rows attend then
+  bool write_all = false;  ///< bypassed rows write K and V all the same
   std::vector<ExpertRows> experts;  ///< ffn span of a layer with experts
 
   // With gradients:
@@ -69,6 +72,7 @@ struct Plan {
   bool counterfactual = false;  ///< gate_N's gradient needs the way a row does not take
   bool key_gradient = false;    ///< … and what its key would change for later rows
   bool soft = false;            ///< training on both ways at once, weights gate_N and 1 − gate_N
+  bool soft_keys = false;       ///< … and each key's attention scaled by its row's gate
 
   std::vector<int64_t> choices;  ///< rows that chose each expert, before capacity
   int64_t causal_agreed = -1;    ///< rows on which the causal rule agrees; -1: the rule is causal
@@ -117,6 +121,9 @@ std::vector<ops::Prefix> Prefixes(const Stream& stream, const at::Tensor& rows,
 /// Ranges of rows_R that fall into each segment of the stream (empty ones left out), and their
 /// positions.
 std::vector<ops::RoutedSegment> RoutedSegments(const Stream& stream, const Plan& plan);
+/// Who stays and who sees far under a window bypass; `swapped`: every row sees what it would see if
+/// it had been decided the other way.
+ops::WindowRows WindowRowsOf(const Stream& stream, const Plan& plan, bool swapped = false);
 at::Tensor RoutedPositions(const Stream& stream, const Plan& plan);
 
 }  // namespace detour::routing

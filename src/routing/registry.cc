@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "core/error.h"
+#include "routing/blocks.h"
 #include "routing/dllm.h"
 #include "routing/dtrnet.h"
 #include "routing/early_exit.h"
@@ -48,6 +49,13 @@ const Method kMethods[] = {
      EarlyExitOptions,
      nullptr,
      MakeEarlyExit},
+    {"blocks",
+     "each head sees its own block of keys and the best earlier ones (MoBA, arXiv 2502.13189)",
+     "bilayer",
+     {Site::kMixer},
+     BlocksOptions,
+     CheckBlocks,
+     MakeBlocks},
     {"moe",
      "each token takes the MLPs of a few experts (Switch, Mixtral)",
      "all",
