@@ -8,7 +8,6 @@
 
 #include "core/error.h"
 #include "model/model.h"
-#include "routing/blocks.h"
 #include "routing/registry.h"
 
 namespace detour::model {
@@ -32,7 +31,7 @@ struct LayerRouters {
         if (router->site() == Site::kMixer) {
           value_bypass = r.TextOr("bypass", "identity") != "identity";
           write_all = r.TextOr("kv", "") == "all";
-          if (r.options.contains("block_size")) blocks = routing::BlockRuleOf(r, l);
+          blocks = router->blocks();
         }
         if (router->num_experts() > 0) experts_per_row = r.Int("top_k");
         const auto site = static_cast<size_t>(router->site());

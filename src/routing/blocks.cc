@@ -18,11 +18,6 @@ void CheckBlocks(const RoutingConfig& config, std::vector<std::string>* faults) 
   }
 }
 
-ops::BlockRule BlockRuleOf(const RoutingConfig& config, int32_t layer) {
-  return {config.Int("block_size"), config.Int("top_k"), config.Text("decider") == "random",
-          static_cast<uint64_t>(config.Int("decider_seed")), layer};
-}
-
 namespace {
 
 /// Lets every row in; the keys are chosen where the queries are (ops::MixBlocks).
@@ -35,6 +30,7 @@ class BlocksRouter : public Router {
     plan.blocks = rule_;
     return plan;
   }
+  ops::BlockRule blocks() const override { return rule_; }
 
  private:
   ops::BlockRule rule_;
@@ -44,7 +40,9 @@ class BlocksRouter : public Router {
 
 std::vector<std::unique_ptr<Router>> MakeBlocks(const RoutingConfig& config, const Shape&,
                                                 int32_t layer) {
-  return OneRouter(std::make_unique<BlocksRouter>(BlockRuleOf(config, layer)));
+  return OneRouter(std::make_unique<BlocksRouter>(ops::BlockRule{
+      config.Int("block_size"), config.Int("top_k"), config.Text("decider") == "random",
+      static_cast<uint64_t>(config.Int("decider_seed")), layer}));
 }
 
 }  // namespace detour::routing

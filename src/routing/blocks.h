@@ -16,6 +16,5 @@ std::vector<Option> BlocksOptions();
 void CheckBlocks(const RoutingConfig& config, std::vector<std::string>* faults);
 std::vector<std::unique_ptr<Router>> MakeBlocks(const RoutingConfig& config, const Shape& shape,
                                                 int32_t layer);
-ops::BlockRule BlockRuleOf(const RoutingConfig& config, int32_t layer);
 
 }  // namespace detour::routing

@@ -77,6 +77,8 @@ class Router {
 
   /// Operations per row when serving, multiply-adds as 2 FLOP.
   virtual int64_t FlopsPerRow() const { return 0; }
+  /// How rows choose their keys, if they do.
+  virtual ops::BlockRule blocks() const { return {}; }
   /// Ways other than one MLP: experts of the ffn span, 0 if there are none.
   virtual int64_t num_experts() const { return 0; }
 
