@@ -1,4 +1,5 @@
-"""PyTorch reference of a Llama decoder with any routing method: dtrnet, mod, dllm, moe, skip, and lists of them.
+"""PyTorch reference of a Llama decoder with any routing method: dtrnet, mod, dllm, moe, skip, early_exit, blocks, and
+lists of them; recursion.
 
 An oracle, written to be read: one document at a time, every row through every way, masks and weights say what counts.
 No cache, no gathered rows. It computes in the dtype that it is loaded with, so that float64 gives the value which
@@ -16,6 +17,8 @@ A span (the layer, its attention, or its MLP) adds `take` times its increment an
     soft       in training p and 1 - p on every row; hard otherwise
     mod        r on the chosen rows
 
+Config and decisions are in reference_config.py, Mixture-of-Recursions in reference_recursion.py.
+
 Shapes: T tokens of a document, D model, H heads, G kv heads, K head dim, E experts, C ways of a router, V vocabulary.
 """
 
@@ -23,194 +26,36 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from reference_config import Config, Decision, Method, ROUTERS, Route, require
+from reference_recursion import Recursion
 from safetensors.torch import load_file
 from torch import Tensor
 
 MODES = ("infer", "teacher_forced", "train")
-SITES = ("layer", "mixer", "ffn")
-
-GATE = {"scorer": "mlp", "hidden": 0, "estimator": "prob_gate", "bypass": "identity", "kv": "executed",
-        "key_gradient": False, "reserved": 0, "budget": "none", "aux_loss_coeff": 0.0, "budget_target": 0.5,
-        "fallback_share": 0.0, "temperature": 1.0, "dual_rate": 0.0}
-CONTROL = {"decider": "learned", "share": 0.5, "decider_seed": 1}
-DEFAULTS = {
-    "dtrnet": GATE | CONTROL | {"bypass": "value", "budget": "mean_prob", "fallback_share": 0.15},
-    "dllm": GATE | CONTROL | {"scorer": "norm_mlp", "hidden": 512, "estimator": "gumbel_ste", "key_gradient": True,
-                              "reserved": 2, "budget": "target_token_l1", "aux_loss_coeff": 5.0},
-    "skip": GATE | CONTROL | {"scorer": "linear", "estimator": "gumbel_ste", "kv": "all", "budget": "target_l1",
-                              "aux_loss_coeff": 20.0, "budget_target": 0.75},
-    "mod": CONTROL | {"capacity": 0.125, "causal": "bce", "causal_coeff": 0.01, "hidden": 0},
-    "moe": CONTROL | {"experts": 8, "top_k": 2, "normalize": True, "capacity_factor": 0.0, "jitter": 0.0,
-                      "aux_loss_coeff": 0.01, "z_loss_coeff": 0.0, "bias_rate": 0.0, "shared_expert": False},
-}
-# Site of each router of a method, and how the names of its tensors begin.
-ROUTERS = {"dtrnet": {"mixer": "router."}, "dllm": {"layer": "layer_router."}, "mod": {"layer": "router."},
-           "skip": {"mixer": "attn_router.", "ffn": "mlp_router."}, "moe": {"ffn": "block_sparse_moe."}}
-LAYOUTS: dict[str, Callable[[int, int], bool]] = {
-    "bilayer": lambda i, n: i % 2 == 1,
-    "bilayer_dense_ends": lambda i, n: i % 2 == 0 and 2 <= i <= n - 2,
-    "trilayer": lambda i, n: i % 3 != 0,
-    "all": lambda i, n: True,
-    "all_but_two": lambda i, n: i >= 2,
-}
-OWN_LAYOUT = {"dtrnet": "bilayer", "mod": "bilayer", "dllm": "all_but_two", "moe": "all", "skip": "all"}
 
 
 @dataclass(frozen=True)
-class Method:
-    """One object of `routing`: its layers and all its options."""
+class Exit:
+    """When a row stops: after the first layer from `first` on that is sure enough, the last one apart."""
 
-    name: str
-    layers: tuple[int, ...]
-    options: Mapping
-
-    def __getitem__(self, key: str):
-        return self.options[key]
-
-
-@dataclass(frozen=True)
-class Config:
-    """The keys of config.json that change what is computed."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    tied: bool
-    methods: tuple[Method, ...]
-
-    @staticmethod
-    def from_dict(keys: Mapping) -> Config:
-        heads, num_layers = keys["num_attention_heads"], keys["num_hidden_layers"]
-        rope = keys.get("rope_parameters") or {}
-        routing = keys.get("routing") or []
-        objects = routing if isinstance(routing, list) else [routing]
-        return Config(
-            vocab_size=keys["vocab_size"],
-            hidden_size=keys["hidden_size"],
-            intermediate_size=keys["intermediate_size"],
-            num_layers=num_layers,
-            num_heads=heads,
-            num_kv_heads=keys.get("num_key_value_heads") or heads,
-            head_dim=keys.get("head_dim") or keys["hidden_size"] // heads,
-            rms_norm_eps=keys.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", keys.get("rope_theta", 10000.0))),
-            tied=keys.get("tie_word_embeddings", False),
-            methods=tuple(_method(o, num_layers) for o in objects if o["method"] != "dense"),
-        )
-
-    def method_of(self, layer: int, site: str) -> Method | None:
-        """Who decides for the span."""
-        for method in self.methods:
-            if layer in method.layers and site in ROUTERS[method.name]:
-                return method
-        return None
-
-    def routers(self) -> dict[tuple[int, str], str]:
-        """(layer, site) -> name, by layer, then site: "layerN" is the layer's first."""
-        names: dict[tuple[int, str], str] = {}
-        for layer in range(self.num_layers):
-            sites = [site for site in SITES if self.method_of(layer, site)]
-            names |= {(layer, site): f"layer{layer}" + (f".{site}" if n else "") for n, site in enumerate(sites)}
-        return names
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's name and shape."""
-        d, f = self.hidden_size, self.intermediate_size
-        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, d)}
-        for i in range(self.num_layers):
-            layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,),
-                     "self_attn.q_proj.weight": (query, d), "self_attn.k_proj.weight": (kv, d),
-                     "self_attn.v_proj.weight": (kv, d), "self_attn.o_proj.weight": (d, query)}
-            moe = self.method_of(i, "ffn")
-            experts = moe is not None and moe.name == "moe"
-            if not experts or moe["shared_expert"]:
-                layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
-            for e in range(moe["experts"] if experts else 0):
-                layer |= {f"block_sparse_moe.experts.{e}.w1.weight": (f, d),
-                          f"block_sparse_moe.experts.{e}.w2.weight": (d, f),
-                          f"block_sparse_moe.experts.{e}.w3.weight": (f, d)}
-            for site in SITES:
-                if method := self.method_of(i, site):
-                    layer |= self._router_shapes(method, ROUTERS[method.name][site])
-                    if site == "mixer" and method["bypass"] == "constant":
-                        layer |= {ROUTERS[method.name][site] + "bypass_constant": (d,)}
-            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-        shapes["model.norm.weight"] = (d,)
-        if not self.tied:
-            shapes["lm_head.weight"] = (self.vocab_size, d)
-        return shapes
-
-    def _router_shapes(self, method: Method, prefix: str) -> dict[str, tuple[int, ...]]:
-        d = self.hidden_size
-        if method["decider"] != "learned":
-            return {prefix + "token_quantile": (self.vocab_size,)} if method["decider"] == "frequency" else {}
-        if method.name == "moe":
-            bias = {prefix + "expert_bias": (method["experts"],)} if method["bias_rate"] > 0 else {}
-            return {prefix + "gate.weight": (method["experts"], d)} | bias
-        scorer, hidden = method.options.get("scorer", "mlp"), method["hidden"] or d // 2
-        net = {"0.weight": (hidden, d), "2.weight": (2, hidden), "2.bias": (2,)}
-        net |= {"0.bias": (hidden,)} | ({"norm.weight": (hidden,)} if scorer == "norm_mlp" else {})
-        if scorer == "linear":
-            net = {"0.weight": (2, d), "0.bias": (2,)}
-        inner = prefix + ("predictor." if method.name == "mod" else "") + "weight_predictor."
-        net = {inner + name: shape for name, shape in net.items()}
-        if method.name == "mod":
-            causal = {"bce": {prefix + "causal_bias": (1,)}, "predictor": net, "none": {}}[method["causal"]]
-            return {prefix + "weight": (1, d)} | causal
-        return net
-
-
-@dataclass
-class Decision:
-    """What one router made of the rows of a document. Rows that did not reach it have no effect on other rows."""
-
-    probs: Tensor  # [T,C]
-    routed: Tensor  # bool [T]: takes the span
-    take: Tensor | float = 1.0  # [T]
-    leave: Tensor | float = 0.0  # [T]
-    keys: Tensor | float = 1.0  # [T], weight of each row's key for later rows
-    own_key: Tensor | bool = True  # bool [T]: a row sees its own key
-    enter: Tensor | bool = True  # bool [T]: rows that inner routers are asked about
-    gate: Tensor | None = None  # [T], what budgets act on
-    penalty: Tensor | float = 0.0  # [T], more loss
-    causal: Tensor | None = None  # bool [T]: what the rule that serves says, where top-k decided
-    experts: Tensor | None = None  # [T,E], weight of each expert, 0 if not chosen
-    chosen: Tensor | None = None  # bool [T,E]
-
-
-@dataclass
-class Route:
-    """A decision, and the rows that it was about."""
-
-    reached: Tensor  # bool [T]
-    decision: Decision
-
-    @property
-    def probs(self) -> Tensor:
-        return self.decision.probs * self.reached[:, None]
-
-    @property
-    def routed(self) -> Tensor:
-        return self.decision.routed & self.reached
+    measure: str  # "margin" of the two largest probabilities, or "state": cosine of the layer's input and output
+    threshold: float
+    first: int = 0
 
 
 @dataclass
 class Forward:
     logits: Tensor  # [T,V]
+    depth: Tensor  # int [T]: layers that a row took before it stopped
     routes: dict[str, Route] = field(default_factory=dict)  # by router name
+    states: list[Tensor] = field(default_factory=list)  # [T,D] after every layer, recursive ones left out
+    sure: list[Tensor] = field(default_factory=list)  # what exits compared with the threshold
 
 
 @dataclass
@@ -219,7 +64,8 @@ class Loss:
 
     loss: Tensor  # mean cross-entropy
     aux_loss: Tensor  # the budgets' values, summed over methods, before their weights
-    total: Tensor  # what is differentiated: also penalties of single routers
+    total: Tensor  # what is differentiated: also penalties of single routers, and losses at exits
+    outs: list[Forward]  # of the documents
 
 
 class Model:
@@ -229,60 +75,102 @@ class Model:
         shapes = config.shapes()
         got = {name: tuple(p.shape) for name, p in params.items()}
         wrong = sorted(n for n in shapes.keys() | got.keys() if shapes.get(n) != got.get(n))
-        _require(not wrong, f"tensors missing, unexpected or of a wrong shape: {wrong}")
+        require(not wrong, f"tensors missing, unexpected or of a wrong shape: {wrong}")
         self.config, self.dtype = config, dtype
         self.params = {name: params[name].detach().to(dtype, copy=True).requires_grad_() for name in shapes}
 
-    def forward(self, ids: Tensor, mode: str = "infer") -> Forward:
-        """Logits of one document, ids [T]."""
-        _require(mode in MODES, f"mode {mode}: expected one of {MODES}")
-        out = Forward(logits=ids)
+    def forward(self, ids: Tensor, mode: str = "infer", exit: Exit | None = None) -> Forward:
+        """Logits of one document, ids [T]. A row that stops keeps its state, and layers above write its keys."""
+        require(mode in MODES, f"mode {mode}: expected one of {MODES}")
+        layers, recursion = self.config.num_layers, self.config.method("recursion")
+        require(not exit or not recursion, "exits from recursions are not computed here")
+        out = Forward(logits=ids, depth=torch.full((len(ids),), layers))
         x = self.params["model.embed_tokens.weight"][ids.long()]
-        for i in range(self.config.num_layers):
-            x = self._layer(i, x, ids, mode, out.routes)
-        head = self.params["model.embed_tokens.weight" if self.config.tied else "lm_head.weight"]
-        out.logits = self._norm(x, "model.norm.weight") @ head.T
+        going = torch.ones(len(ids), dtype=torch.bool)
+        for i in range(layers):
+            if recursion and i in recursion.layers:
+                if i == recursion.layers[0]:
+                    x = Recursion(self, recursion).run(x, mode, out.routes)
+                continue
+            y = torch.where(going[:, None], self._layer(i, x, ids, mode, out.routes), x)
+            out.states.append(y)
+            if exit and exit.first <= i < layers - 1:
+                sure = self._sure(exit.measure, x, y)
+                out.sure.append(sure[going])
+                out.depth[going & (sure >= exit.threshold)] = i + 1
+                going = out.depth == layers
+            x = y
+        out.logits = self._head(x)
         return out
 
-    def loss(self, documents: Sequence[Tensor], targets: Sequence[Tensor], mode: str = "train") -> Loss:
+    def loss(self, documents: Sequence[Tensor], targets: Sequence[Tensor], mode: str = "train", step: int = 0,
+             steps: int = 1) -> Loss:
         """Mean next-token loss over the documents, and what budgets add; targets are already shifted."""
         outs = [self.forward(ids, mode) for ids in documents]
-        logits = torch.cat([out.logits for out in outs])
-        loss = F.cross_entropy(logits, torch.cat(list(targets)).long())
-        routes = {name: [out.routes[name] for out in outs] for name in self.config.routers().values()}
+        labels = torch.cat(list(targets)).long()
+        loss = F.cross_entropy(torch.cat([out.logits for out in outs]), labels)
+        routes = {name: [out.routes[name] for out in outs] for name in outs[0].routes}
         aux_loss, total = torch.zeros((), dtype=self.dtype), loss
+        if (method := self.config.method("early_exit")) and mode == "train":
+            total = self._exit_loss(method, outs, labels, step, steps)
         for method in self.config.methods:
             budget = self._budget(method, routes)
             aux_loss = aux_loss + budget
-            total = total + method.options.get("aux_loss_coeff", 0.0) * budget
+            total = total + method.options.get("balance_coeff", method.options.get("aux_loss_coeff", 0.0)) * budget
         for parts in routes.values():  # mean over tokens, sum over routers
-            total = total + sum((r.decision.penalty * r.reached).sum() for r in parts) / len(logits)
-        return Loss(loss, aux_loss, total)
+            total = total + sum((r.decision.penalty * r.reached).sum() for r in parts) / len(labels)
+        return Loss(loss, aux_loss, total, outs)
 
-    def gradients(self, documents: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Loss, dict[str, Tensor]]:
-        """The losses of a training step, and the gradient of `total` by parameter."""
-        loss = self.loss(documents, targets)
+    def gradients(self, documents: Sequence[Tensor], targets: Sequence[Tensor], step: int = 0,
+                  steps: int = 1) -> tuple[Loss, dict[str, Tensor]]:
+        """The losses of a training step (counted from 0), and the gradient of `total` by parameter."""
+        loss = self.loss(documents, targets, "train", step, steps)
         grads = torch.autograd.grad(loss.total, list(self.params.values()), allow_unused=True)
         return loss, {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.params.items(), grads)}
+
+    # Exits
+
+    def _sure(self, measure: str, x: Tensor, y: Tensor) -> Tensor:
+        """How sure rows [T] are after the layer that made y of x."""
+        if measure == "state":
+            return F.cosine_similarity(x, y, -1)
+        best = self._head(y).softmax(-1).topk(2).values
+        return best[:, 0] - best[:, 1]
+
+    def _exit_loss(self, method: Method, outs: Sequence[Forward], labels: Tensor, step: int, steps: int) -> Tensor:
+        """Mean of the losses after the layers that the curriculum lets in, and after the last one."""
+        require(method["max_dropout"] == 0, "layer dropout draws random numbers")
+        top, scale = self.config.num_layers - 1, method["exit_scale"]
+        on = {"rotational": lambda i: i % method["rotation"] == step % method["rotation"],
+              "gradual": lambda i: step >= (top - i) * steps / (2 * (top + 1)),
+              "all": lambda i: True}[method["curriculum"]]
+        weights = {i: scale * sum(range(i + 1)) for i in range(top) if on(i)} | {top: top + scale * sum(range(top))}
+        losses = [w * F.cross_entropy(self._head(torch.cat([out.states[i] for out in outs])), labels)
+                  for i, w in weights.items()]
+        return sum(losses) / sum(weights.values())
 
     # One layer
 
     def _layer(self, i: int, x: Tensor, ids: Tensor, mode: str, routes: dict[str, Route]) -> Tensor:
         everyone = torch.ones(len(x), dtype=torch.bool)
         layer = self._decide(i, "layer", x, x, ids, everyone, mode, routes)
-        reached = everyone & layer.enter
+        return x + _rows(layer.take) * (self.block(i, x, layer, ids, mode, routes) - x)
+
+    def block(self, i: int, x: Tensor, layer: Decision, ids: Tensor | None = None, mode: str = "infer",
+              routes: dict[str, Route] | None = None) -> Tensor:
+        """Attention and MLP on x [T,D], for the rows that `layer` lets in; ids and routes may miss without routers."""
+        reached = torch.ones(len(x), dtype=torch.bool) & layer.enter
         mixer = self._decide(i, "mixer", x, x, ids, reached, mode, routes)
-        y = x + _rows(mixer.take) * self._attention(i, x, layer, mixer) + _rows(mixer.leave) * self._value_way(i, x)
+        y = x + _rows(mixer.take) * self._attention(i, x, layer, mixer) + _rows(mixer.leave) * self._bypass(
+            i, x, layer, mixer)
         h = self._norm(y, f"model.layers.{i}.post_attention_layernorm.weight")
         ffn = self._decide(i, "ffn", x, h, ids, reached, mode, routes)
         if ffn.experts is None:
-            y = y + _rows(ffn.take) * self._swiglu(h, f"model.layers.{i}.mlp.", "gate_proj", "down_proj", "up_proj")
-        else:
-            y = y + self._experts(i, h, ffn.experts)
-        return x + _rows(layer.take) * (y - x)
+            return y + _rows(ffn.take) * self._swiglu(h, f"model.layers.{i}.mlp.", "gate_proj", "down_proj", "up_proj")
+        return y + self._experts(i, h, ffn.experts)
 
-    def _attention(self, i: int, x: Tensor, layer: Decision, mixer: Decision) -> Tensor:
-        """W_O Attn [T,D]. Each earlier key counts with its gate, a row's own one once or not at all."""
+    def _attention(self, i: int, x: Tensor, layer: Decision, mixer: Decision, bypassed: bool = False) -> Tensor:
+        """W_O Attn [T,D] of all rows, as if each was routed, or as if each was bypassed."""
         cfg, prefix, length = self.config, f"model.layers.{i}.self_attn.", len(x)
         h = self._norm(x, f"model.layers.{i}.input_layernorm.weight")
         q = (h @ self.params[prefix + "q_proj.weight"].T).view(length, cfg.num_heads, cfg.head_dim)
@@ -292,15 +180,52 @@ class Model:
         q, k = self._rope(q), self._rope(k).repeat_interleave(group, 1)
         scores = torch.einsum("qhk,shk->hqs", q, k) / math.sqrt(cfg.head_dim)
         rows = torch.arange(length)
-        ones = torch.ones(length, dtype=self.dtype)
-        earlier = (rows[None, :] < rows[:, None]) * (ones * layer.keys * mixer.keys)[None, :]
-        counts = earlier + torch.diag(ones * (ones.bool() & layer.own_key & mixer.own_key))
         scores = scores.masked_fill(rows[None, :] > rows[:, None], -math.inf)
-        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp() * counts
+        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+        weights = weights * self._counts(i, q, k, layer, mixer, bypassed)
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)  # no key at all: 0
         mixed = torch.einsum("hqs,shk->qhk", weights, v.repeat_interleave(group, 1)).flatten(1)
         return mixed @ self.params[prefix + "o_proj.weight"].T
+
+    def _counts(self, i: int, q: Tensor, k: Tensor, layer: Decision, mixer: Decision, bypassed: bool) -> Tensor:
+        """How often each key counts for each query [T,T] or, if that depends on the head, [H,T,T]."""
+        ones = q.new_ones(len(q))
+        back = torch.arange(len(q))[:, None] - torch.arange(len(q))  # how far behind the query the key is
+
+        def written(decision: Decision) -> Tensor:
+            return (back > 0) * (ones * decision.keys) + torch.diag(ones * decision.own_key)
+
+        blocks = next((m for m in self.config.methods if m.name == "blocks" and i in m.layers), None)
+        if blocks:
+            return written(layer) * self._blocks(blocks, q, k, back)
+        method = self.config.method_of(i, "mixer")
+        if method and method["bypass"] == "window":
+            kept = torch.arange(len(q)) < method["sink"]
+            if not bypassed:
+                kept = kept | (ones * mixer.keys).bool()
+            return written(layer) * ((back >= 0) & ((back < method["window"]) | kept))
+        return written(layer) * written(mixer)
+
+    def _blocks(self, method: Method, q: Tensor, k: Tensor, back: Tensor) -> Tensor:
+        """Keys of MoBA, bool [H,T,T]: of the query's own block, and of the best earlier ones."""
+        require(method["decider"] == "learned", f"blocks with decider {method['decider']} is not computed here")
+        block = torch.arange(len(q)) // method["block_size"]
+        number = torch.arange(int(block[-1]) + 1)
+        means = torch.stack([k[block == n].mean(0) for n in number])
+        scores = torch.einsum("qhk,nhk->hqn", q, means).detach()
+        earlier = number < block[:, None]
+        order = scores.masked_fill(~earlier, -math.inf).argsort(dim=-1, descending=True, stable=True)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :method["top_k"] - 1], True)
+        seen = chosen & earlier | (number == block[:, None])
+        return seen[..., block] & (back >= 0)
+
+    def _bypass(self, i: int, x: Tensor, layer: Decision, mixer: Decision) -> Tensor:
+        """What rows get that do not attend [T,D]."""
+        method = self.config.method_of(i, "mixer")
+        if method and method["bypass"] == "window":
+            return self._attention(i, x, layer, mixer, bypassed=True)
+        return self._value_way(i, x)
 
     def _value_way(self, i: int, x: Tensor) -> Tensor:
         """What the value bypass adds: W_O repeat_kv(W_V h), and a constant with it; the identity bypass nothing."""
@@ -328,6 +253,11 @@ class Model:
     def _swiglu(self, h: Tensor, prefix: str, gate: str, down: str, up: str) -> Tensor:
         w = {name: self.params[f"{prefix}{name}.weight"] for name in (gate, down, up)}
         return (F.silu(h @ w[gate].T) * (h @ w[up].T)) @ w[down].T
+
+    def _head(self, x: Tensor) -> Tensor:
+        """Logits [T,V] of states [T,D]."""
+        head = self.params["model.embed_tokens.weight" if self.config.tied else "lm_head.weight"]
+        return self._norm(x, "model.norm.weight") @ head.T
 
     def _norm(self, x: Tensor, name: str, eps: float | None = None) -> Tensor:
         eps = self.config.rms_norm_eps if eps is None else eps
@@ -364,7 +294,7 @@ class Model:
     def _gate(self, method: Method, prefix: str, x: Tensor, mode: str) -> Decision:
         """A two-way gate with estimators. Reserved rows take the span whatever the router says."""
         estimator = method["estimator"]
-        _require(mode != "train" or estimator != "gumbel_ste", "training with gumbel_ste draws random numbers")
+        require(mode != "train" or estimator != "gumbel_ste", "training with gumbel_ste draws random numbers")
         difference = self._score(prefix, method["scorer"], x)
         p = difference.sigmoid()
         reserved = torch.arange(len(x)) < method["reserved"]
@@ -379,6 +309,8 @@ class Model:
         elif estimator == "soft":
             decision.gate = decision.take = torch.where(reserved, 1.0, p)
             decision.leave = 1 - decision.take
+            if method["soft_keys"]:
+                decision.keys = decision.own_key = decision.gate
             return decision
         else:
             # Nothing is decided about a reserved row, so that it has no gradient.
@@ -411,7 +343,7 @@ class Model:
             causal = r + self.params[prefix + "causal_bias"]
         elif method["causal"] == "predictor":
             causal = self._score(prefix + "predictor.", "mlp", x.detach())
-        _require(mode != "infer" or causal is not None, "causal none: this model does not serve")
+        require(mode != "infer" or causal is not None, "causal none: this model does not serve")
         if mode == "infer":
             routed = causal > 0
         else:
@@ -430,7 +362,7 @@ class Model:
 
     def _moe(self, method: Method, prefix: str, h: Tensor, mode: str) -> Decision:
         """Experts of the highest probability (plus bias), weighted with it, or with its part of the chosen ones'."""
-        _require(mode != "train" or method["jitter"] == method["capacity_factor"] == 0,
+        require(mode != "train" or method["jitter"] == method["capacity_factor"] == 0,
                  "training with jitter or expert capacity is not computed here")
         logits = h @ self.params[prefix + "gate.weight"].T
         probs = logits.softmax(-1)
@@ -447,7 +379,7 @@ class Model:
 
     def _control(self, method: Method, prefix: str, ids: Tensor) -> Decision:
         """A decider that knows no content: rows have weight 1, and there is nothing to learn."""
-        _require(method.name != "moe" and method["decider"] in ("every_nth", "frequency"),
+        require(method.name != "moe" and method["decider"] in ("every_nth", "frequency"),
                  f"{method.name} with decider {method['decider']} is not computed here")
         share = method["share"]
         if method["decider"] == "every_nth":
@@ -468,12 +400,14 @@ class Model:
         names = {(i, site): name for (i, site), name in self.config.routers().items()
                  if self.config.method_of(i, site) is method}
         zero = torch.zeros((), dtype=self.dtype)
-        if method["decider"] != "learned" or not names:
+        if method.name == "recursion" and method["choice"] == "token":
+            return self._balance(routes[f"layer{method.layers[0]}"])
+        if not names or method["decider"] != "learned":
             return zero
         if method.name == "moe":
             return sum(self._balance(routes[name]) for name in names.values())
         budget, target = method.options.get("budget", "none"), method.options.get("budget_target", 0.0)
-        _require(budget != "compute", "the compute budget is not computed here")
+        require(budget != "compute", "the compute budget is not computed here")
         if budget == "none" or any(r.decision.gate is None for name in names.values() for r in routes[name]):
             return zero
         gates = {key: torch.cat([r.decision.gate[r.reached] for r in routes[name]]) for key, name in names.items()}
@@ -522,24 +456,6 @@ def grad_norm(grads: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
 
 
-def _method(keys: Mapping, num_layers: int) -> Method:
-    name = keys["method"]
-    _require(name in DEFAULTS, f"method {name}: expected one of {sorted(DEFAULTS)}")
-    unknown = keys.keys() - DEFAULTS[name].keys() - {"method", "layers", "layout"}
-    _require(not unknown, f"{name}: unknown options {sorted(unknown)}")
-    layers = keys.get("layers")
-    if layers is None:
-        layout = LAYOUTS[keys.get("layout", OWN_LAYOUT[name])]
-        layers = [i for i in range(num_layers) if layout(i, num_layers)]
-    options = DEFAULTS[name] | {key: value for key, value in keys.items() if key in DEFAULTS[name]}
-    return Method(name, tuple(layers), options)
-
-
 def _rows(weight: Tensor | float) -> Tensor | float:
     """A weight per row as a column, to multiply [T,D] with."""
     return weight[:, None] if isinstance(weight, Tensor) else weight
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
