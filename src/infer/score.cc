@@ -100,7 +100,10 @@ Scores Score(const model::Model& model, const std::vector<std::vector<int32_t>>&
     for (size_t l = 0; l < rows.size(); ++l) scores.rows[l].Add(rows[l]);
     for (size_t r = 0; r < scores.routers.size(); ++r) {
       const model::RouterId& id = scores.routers[r];
-      const routing::OuterPlan outer = PlanOf(plans[id.layer], id.site);
+      // A row that exited says so at every span; only the layers' routers are asked then.
+      const bool exits = exit.kind != model::ExitRule::Kind::kNone;
+      const routing::OuterPlan outer =
+          PlanOf(plans[id.layer], exits ? routing::Site::kMixer : id.site);
       if (outer.plan->decided()) AppendRoutes(outer, stream, r, &scores);
     }
   }

@@ -84,6 +84,7 @@ routing::LayerPlans ExitState::Plans() const {
   SetRows(active_, &plans.mixer);
   SetRows(active_, &plans.ffn);
   plans.mixer.write_all = true;
+  plans.mixer.scores_NC = OneHot(plans.mixer);
   return plans;
 }
 

@@ -73,8 +73,9 @@ KvShape KvShapeOf(const ModelConfig& c, int32_t layer) {
   for (const routing::RoutingConfig& r : c.routing) {
     if (!r.HasLayer(layer)) continue;
     if (r.TextOr("bypass", "") == "window") shape.window = {r.Int("window"), r.Int("sink")};
-    shape.layout.block_pages =
-        static_cast<int64_t>(r.NumberOr("block_size", 0)) / kernels::kPageEntries;
+    if (r.options.contains("block_size")) {
+      shape.layout.block_pages = r.Int("block_size") / kernels::kPageEntries;
+    }
   }
   return shape;
 }

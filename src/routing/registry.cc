@@ -51,7 +51,7 @@ const Method kMethods[] = {
      MakeEarlyExit},
     {"blocks",
      "each head sees its own block of keys and the best earlier ones (MoBA, arXiv 2502.13189)",
-     "bilayer",
+     "all",
      {Site::kMixer},
      BlocksOptions,
      CheckBlocks,

@@ -129,7 +129,7 @@ Budgets::Loss Budgets::Of(const Taken& taken, const BatchStatistics& statistics,
     double sum_share = 0, sum_gate = 0, sum_rows = 0;
     for (const Member& m : members_[i]) {
       const RouterStatistics& s = statistics.routers[m.router];
-      sum_share += s.ShareOfReached();
+      sum_share += statistics.Share(m.router);
       sum_gate += s.sum_gate;
       sum_rows += static_cast<double>(s.num_rows);
     }
@@ -157,7 +157,7 @@ Budgets::Loss Budgets::Of(const Taken& taken, const BatchStatistics& statistics,
       const double share_of_rows = static_cast<double>(plan.num_rows) / sum_rows;
       if (budget == "mean_prob" && sum_share > 0) {
         const RouterStatistics& s = statistics.routers[m.router];
-        add(weights[i], s.ShareOfReached() / sum_share / static_cast<double>(s.num_rows),
+        add(weights[i], statistics.Share(m.router) / sum_share / static_cast<double>(s.num_rows),
             plan.gate_N.sum(), 0);
       } else if (budget == "target_l1") {
         const double sign = excess > 0 ? 1 : -1;
