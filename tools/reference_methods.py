@@ -1,4 +1,5 @@
-"""PyTorch reference of a Llama decoder with any routing method: dtrnet, mod, dllm, moe, skip, and lists of them.
+"""PyTorch reference of a Llama decoder with any routing method: dtrnet, mod, dllm, moe, skip, recursion, and lists
+of them.
 
 An oracle, written to be read: one document at a time, every row through every way, masks and weights say what counts.
 No cache, no gathered rows. It computes in the dtype that it is loaded with, so that float64 gives the value which
@@ -48,18 +49,23 @@ DEFAULTS = {
     "mod": CONTROL | {"capacity": 0.125, "causal": "bce", "causal_coeff": 0.01, "hidden": 0},
     "moe": CONTROL | {"experts": 8, "top_k": 2, "normalize": True, "capacity_factor": 0.0, "jitter": 0.0,
                       "aux_loss_coeff": 0.01, "z_loss_coeff": 0.0, "bias_rate": 0.0, "shared_expert": False},
+    "recursion": CONTROL | {"recursions": 3, "choice": "expert", "alpha": 0.0, "causal": "bce", "causal_coeff": 1e-3,
+                            "aux_loss_coeff": 0.1, "z_loss_coeff": 0.0},
 }
 # Site of each router of a method, and how the names of its tensors begin.
 ROUTERS = {"dtrnet": {"mixer": "router."}, "dllm": {"layer": "layer_router."}, "mod": {"layer": "router."},
-           "skip": {"mixer": "attn_router.", "ffn": "mlp_router."}, "moe": {"ffn": "block_sparse_moe."}}
+           "skip": {"mixer": "attn_router.", "ffn": "mlp_router."}, "moe": {"ffn": "block_sparse_moe."},
+           "recursion": {"layer": "recursion_router."}}
 LAYOUTS: dict[str, Callable[[int, int], bool]] = {
     "bilayer": lambda i, n: i % 2 == 1,
     "bilayer_dense_ends": lambda i, n: i % 2 == 0 and 2 <= i <= n - 2,
     "trilayer": lambda i, n: i % 3 != 0,
     "all": lambda i, n: True,
     "all_but_two": lambda i, n: i >= 2,
+    "middle": lambda i, n: 1 <= i <= n - 2,
 }
-OWN_LAYOUT = {"dtrnet": "bilayer", "mod": "bilayer", "dllm": "all_but_two", "moe": "all", "skip": "all"}
+OWN_LAYOUT = {"dtrnet": "bilayer", "mod": "bilayer", "dllm": "all_but_two", "moe": "all", "skip": "all",
+              "recursion": "middle"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,25 @@ class Method:
 
     def __getitem__(self, key: str):
         return self.options[key]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer of a recursion method is: its recursion, and its place among the `cycle` layers of each."""
+
+    method: Method
+    first: int
+    cycle: int
+    recursion: int
+    offset: int
+
+    def share(self, recursion: int) -> float:
+        """Of the tokens that take a recursion in training."""
+        return (self.method["recursions"] - recursion) / self.method["recursions"]
+
+    @property
+    def alpha(self) -> float:
+        return self.method["alpha"] or (0.1 if self.method["choice"] == "expert" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,20 @@ class Config:
                 return method
         return None
 
+    def place(self, layer: int) -> Place | None:
+        """None outside of a recursion method."""
+        method = self.method_of(layer, "layer")
+        if method is None or method.name != "recursion":
+            return None
+        cycle = len(method.layers) // method["recursions"]
+        recursion, offset = divmod(layer - method.layers[0], cycle)
+        return Place(method, method.layers[0], cycle, recursion, offset)
+
+    def weights_layer(self, layer: int) -> int:
+        """The layer whose attention, MLP and norms a layer uses."""
+        place = self.place(layer)
+        return layer if place is None else place.first + place.offset
+
     def routers(self) -> dict[tuple[int, str], str]:
         """(layer, site) -> name, by layer, then site: "layerN" is the layer's first."""
         names: dict[tuple[int, str], str] = {}
@@ -138,13 +177,15 @@ class Config:
             experts = moe is not None and moe.name == "moe"
             if not experts or moe["shared_expert"]:
                 layer |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+            if self.weights_layer(i) != i:
+                layer = {}
             for e in range(moe["experts"] if experts else 0):
                 layer |= {f"block_sparse_moe.experts.{e}.w1.weight": (f, d),
                           f"block_sparse_moe.experts.{e}.w2.weight": (d, f),
                           f"block_sparse_moe.experts.{e}.w3.weight": (f, d)}
             for site in SITES:
                 if method := self.method_of(i, site):
-                    layer |= self._router_shapes(method, ROUTERS[method.name][site])
+                    layer |= self._router_shapes(method, ROUTERS[method.name][site], i)
                     if site == "mixer" and method["bypass"] == "constant":
                         layer |= {ROUTERS[method.name][site] + "bypass_constant": (d,)}
             shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
@@ -153,13 +194,21 @@ class Config:
             shapes["lm_head.weight"] = (self.vocab_size, d)
         return shapes
 
-    def _router_shapes(self, method: Method, prefix: str) -> dict[str, tuple[int, ...]]:
+    def _router_shapes(self, method: Method, prefix: str, layer: int) -> dict[str, tuple[int, ...]]:
         d = self.hidden_size
+        place = self.place(layer) if method.name == "recursion" else None
+        token = place is not None and method["choice"] == "token"
+        if place and (place.offset > 0 or (token and place.recursion > 0)):
+            return {}
         if method["decider"] != "learned":
             return {prefix + "token_quantile": (self.vocab_size,)} if method["decider"] == "frequency" else {}
         if method.name == "moe":
             bias = {prefix + "expert_bias": (method["experts"],)} if method["bias_rate"] > 0 else {}
             return {prefix + "gate.weight": (method["experts"], d)} | bias
+        if place:
+            bias = not token and method["causal"] == "bce" and place.recursion > 0
+            return {prefix + "weight": (method["recursions"] if token else 1, d)} | (
+                {prefix + "causal_bias": (1,)} if bias else {})
         scorer, hidden = method.options.get("scorer", "mlp"), method["hidden"] or d // 2
         net = {"0.weight": (hidden, d), "2.weight": (2, hidden), "2.bias": (2,)}
         net |= {"0.bias": (hidden,)} | ({"norm.weight": (hidden,)} if scorer == "norm_mlp" else {})
@@ -189,6 +238,9 @@ class Decision:
     causal: Tensor | None = None  # bool [T]: what the rule that serves says, where top-k decided
     experts: Tensor | None = None  # [T,E], weight of each expert, 0 if not chosen
     chosen: Tensor | None = None  # bool [T,E]
+    choice_probs: Tensor | None = None  # [T,E] of `chosen`, if `probs` are of other ways
+    gated: Tensor | None = None  # [T], recursion: weight of the layers' answer
+    splits: bool = True  # the router is meant to leave rows out
 
 
 @dataclass
@@ -238,8 +290,14 @@ class Model:
         _require(mode in MODES, f"mode {mode}: expected one of {MODES}")
         out = Forward(logits=ids)
         x = self.params["model.embed_tokens.weight"][ids.long()]
+        start: dict[int, Tensor] = {}  # of recursions
         for i in range(self.config.num_layers):
+            place = self.config.place(i)
+            if place and place.offset == 0:
+                start[place.recursion] = x
             x = self._layer(i, x, ids, mode, out.routes)
+            if place and place.offset == place.cycle - 1:
+                x = self._combine(place, start, x, out.routes)
         head = self.params["model.embed_tokens.weight" if self.config.tied else "lm_head.weight"]
         out.logits = self._norm(x, "model.norm.weight") @ head.T
         return out
@@ -265,6 +323,16 @@ class Model:
         grads = torch.autograd.grad(loss.total, list(self.params.values()), allow_unused=True)
         return loss, {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(self.params.items(), grads)}
 
+    def _combine(self, place: Place, start: Mapping[int, Tensor], x: Tensor, routes: Mapping[str, Route]) -> Tensor:
+        """The end of a recursion: H + g F(H) for rows that took it (expert) or took it last (token)."""
+        name = self.config.routers()
+        if place.method["choice"] == "expert":
+            leader = routes[name[place.first + place.cycle * place.recursion, "layer"]].decision
+            return torch.where(leader.routed[:, None], start[place.recursion] + _rows(leader.gated) * x, x)
+        leader = routes[name[place.first, "layer"]].decision
+        last = leader.chosen[:, place.recursion:place.recursion + 1]
+        return torch.where(last, start[0] + _rows(leader.gated) * x, x)
+
     # One layer
 
     def _layer(self, i: int, x: Tensor, ids: Tensor, mode: str, routes: dict[str, Route]) -> Tensor:
@@ -273,18 +341,20 @@ class Model:
         reached = everyone & layer.enter
         mixer = self._decide(i, "mixer", x, x, ids, reached, mode, routes)
         y = x + _rows(mixer.take) * self._attention(i, x, layer, mixer) + _rows(mixer.leave) * self._value_way(i, x)
-        h = self._norm(y, f"model.layers.{i}.post_attention_layernorm.weight")
+        held = self.config.weights_layer(i)
+        h = self._norm(y, f"model.layers.{held}.post_attention_layernorm.weight")
         ffn = self._decide(i, "ffn", x, h, ids, reached, mode, routes)
         if ffn.experts is None:
-            y = y + _rows(ffn.take) * self._swiglu(h, f"model.layers.{i}.mlp.", "gate_proj", "down_proj", "up_proj")
+            y = y + _rows(ffn.take) * self._swiglu(h, f"model.layers.{held}.mlp.", "gate_proj", "down_proj", "up_proj")
         else:
             y = y + self._experts(i, h, ffn.experts)
         return x + _rows(layer.take) * (y - x)
 
     def _attention(self, i: int, x: Tensor, layer: Decision, mixer: Decision) -> Tensor:
         """W_O Attn [T,D]. Each earlier key counts with its gate, a row's own one once or not at all."""
-        cfg, prefix, length = self.config, f"model.layers.{i}.self_attn.", len(x)
-        h = self._norm(x, f"model.layers.{i}.input_layernorm.weight")
+        held = self.config.weights_layer(i)
+        cfg, prefix, length = self.config, f"model.layers.{held}.self_attn.", len(x)
+        h = self._norm(x, f"model.layers.{held}.input_layernorm.weight")
         q = (h @ self.params[prefix + "q_proj.weight"].T).view(length, cfg.num_heads, cfg.head_dim)
         k = (h @ self.params[prefix + "k_proj.weight"].T).view(length, cfg.num_kv_heads, cfg.head_dim)
         v = (h @ self.params[prefix + "v_proj.weight"].T).view(length, cfg.num_kv_heads, cfg.head_dim)
@@ -307,8 +377,9 @@ class Model:
         method = self.config.method_of(i, "mixer")
         if method is None or method["bypass"] == "identity":
             return torch.zeros_like(x)
-        cfg, prefix = self.config, f"model.layers.{i}.self_attn."
-        h = self._norm(x, f"model.layers.{i}.input_layernorm.weight")
+        held = self.config.weights_layer(i)
+        cfg, prefix = self.config, f"model.layers.{held}.self_attn."
+        h = self._norm(x, f"model.layers.{held}.input_layernorm.weight")
         v = (h @ self.params[prefix + "v_proj.weight"].T).view(len(x), cfg.num_kv_heads, cfg.head_dim)
         value = v.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, 1).flatten(1) @ self.params[
             prefix + "o_proj.weight"].T
@@ -350,7 +421,9 @@ class Model:
         if method is None:
             return Decision(probs=x.new_ones(len(x), 1), routed=torch.ones(len(x), dtype=torch.bool))
         prefix = f"model.layers.{i}.{ROUTERS[method.name][site]}"
-        if method["decider"] != "learned":
+        if method.name == "recursion":
+            decision = self._recursion(self.config.place(i), prefix, x, mode, routes)
+        elif method["decider"] != "learned":
             decision = self._control(method, prefix, ids)
         elif method.name == "mod":
             decision = self._mod(method, prefix, x, mode)
@@ -428,6 +501,69 @@ class Model:
                                                                                            reduction="none")
         return decision
 
+    def _recursion(self, place: Place, prefix: str, x: Tensor, mode: str, routes: Mapping[str, Route]) -> Decision:
+        """Who takes a layer of a recursion. The layers answer with weight 1 here; `_combine` weights them."""
+        method, length = place.method, len(x)
+        everyone = torch.ones(length, dtype=torch.bool)
+        token = method["choice"] == "token"
+        by_layer = {i: routes[name].decision for (i, _), name in self.config.routers().items() if name in routes}
+        leader = by_layer.get(place.first if token else place.first + place.cycle * place.recursion)
+        fields: dict = {}
+        if method["decider"] != "learned":
+            _require(method["decider"] == "every_nth", "recursion with this decider is not computed here")
+            recursions = method["recursions"]
+            depth = torch.tensor([recursions - t % recursions for t in range(length)])
+            routed = depth > place.recursion
+            fields = {"gated": torch.full((length,), place.alpha, dtype=self.dtype),
+                      "chosen": depth[:, None] == torch.arange(1, recursions + 1)}
+        elif token and leader is not None:
+            routed = leader.chosen[:, place.recursion:].any(1)
+        elif token:
+            logits = x @ self.params[prefix + "weight"].T
+            probs = logits.softmax(-1)
+            depth = probs.argmax(-1, keepdim=True)
+            routed = everyone
+            fields = {"gated": place.alpha * probs.gather(1, depth)[:, 0], "choice_probs": probs,
+                      "chosen": depth == torch.arange(method["recursions"])}
+            if mode == "train":
+                fields["penalty"] = method["z_loss_coeff"] * logits.logsumexp(-1).square()
+        elif leader is not None:
+            routed = leader.routed
+        else:
+            score = (x @ self.params[prefix + "weight"].T)[:, 0]
+            fields = {"gated": place.alpha * score.sigmoid()}
+            if place.recursion == 0:
+                routed = everyone
+            else:
+                before = by_layer[place.first + place.cycle * place.recursion - 1].routed
+                causal = score + self.params[prefix + "causal_bias"] if method["causal"] == "bce" else None
+                routed, more = self._experts_choice(place, score, causal, before, mode)
+                fields |= more
+        hard = routed.to(self.dtype)
+        fields.setdefault("probs", torch.stack([hard, 1 - hard], 1))
+        return Decision(routed=routed, take=hard, keys=hard, own_key=routed, enter=routed, splits=place.recursion > 0,
+                        **fields)
+
+    def _experts_choice(self, place: Place, score: Tensor, causal: Tensor | None, before: Tensor, mode: str):
+        """Of the rows of the recursion before, the document's top-k or those of the causal rule; and what to learn."""
+        method = place.method
+        _require(mode != "infer" or causal is not None, "causal none: this model does not serve")
+        logit = score if causal is None else causal
+        if mode == "infer":
+            routed = (causal > 0) & before
+        else:
+            k = math.ceil(round(place.share(place.recursion) * len(score), 6))
+            order = score.masked_fill(~before, -math.inf).argsort(descending=True, stable=True)
+            routed = torch.zeros_like(before)
+            routed[order[:k]] = True
+        asked = logit.detach().masked_fill(~before, -math.inf)
+        fields = {"probs": torch.stack([asked, -asked], 1).sigmoid()}
+        if mode != "infer" and causal is not None:
+            cross_entropy = F.binary_cross_entropy_with_logits(causal, routed.to(self.dtype), reduction="none")
+            fields["causal"] = (causal > 0) & before
+            fields["penalty"] = method["causal_coeff"] * cross_entropy * before / place.share(place.recursion - 1)
+        return routed, fields
+
     def _moe(self, method: Method, prefix: str, h: Tensor, mode: str) -> Decision:
         """Experts of the highest probability (plus bias), weighted with it, or with its part of the chosen ones'."""
         _require(mode != "train" or method["jitter"] == method["capacity_factor"] == 0,
@@ -472,6 +608,9 @@ class Model:
             return zero
         if method.name == "moe":
             return sum(self._balance(routes[name]) for name in names.values())
+        if method.name == "recursion":
+            parts = routes[names[method.layers[0], "layer"]]
+            return self._balance(parts) if method["choice"] == "token" else zero
         budget, target = method.options.get("budget", "none"), method.options.get("budget_target", 0.0)
         _require(budget != "compute", "the compute budget is not computed here")
         if budget == "none" or any(r.decision.gate is None for name in names.values() for r in routes[name]):
@@ -503,7 +642,8 @@ class Model:
     def _balance(self, parts: Sequence[Route]) -> Tensor:
         """E sum_e f_e P_e: f the expert's part of all choices (no gradient), P its mean probability over tokens."""
         chosen = torch.cat([r.decision.chosen[r.reached] for r in parts]).sum(0).to(self.dtype)
-        probs = torch.cat([r.probs for r in parts]).mean(0)
+        probs = torch.cat([r.probs if r.decision.choice_probs is None else r.decision.choice_probs
+                           for r in parts]).mean(0)
         return len(chosen) * (chosen / chosen.sum() * probs).sum()
 
 

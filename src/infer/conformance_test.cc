@@ -5,6 +5,7 @@
 #include <cstring>
 #include <filesystem>
 #include <numeric>
+#include <set>
 
 #include "core/error.h"
 #include "core/op_counter.h"
@@ -15,6 +16,7 @@
 #include "infer/score.h"
 #include "infer/speculate.h"
 #include "model/cost.h"
+#include "ops/rows.h"
 #include "routing/early_exit.h"
 #include "routing/registry.h"
 #include "train/step.h"
@@ -32,6 +34,13 @@ struct Variant {
 };
 
 void PrintTo(const Variant& v, std::ostream* out) { *out << v.routing.dump(); }
+
+Json Recursion(const std::vector<int32_t>& layers, int32_t recursions, const char* choice) {
+  return {
+      {"method", "recursion"}, {"layers", layers}, {"recursions", recursions},
+      {"choice", choice},      {"alpha", 0.7},  // so that a recursion changes what comes after it
+      {"z_loss_coeff", 0.01}};
+}
 
 std::vector<Variant> Variants() {
   const auto v = [](std::string name, Json routing, bool exact = true, bool shift = true) {
@@ -86,6 +95,16 @@ std::vector<Variant> Variants() {
          {"aux_loss_coeff", 0}},
         true, false),
       v("moe_random", {{"method", "moe"}, {"experts", 4}, {"decider", "random"}}, true, false),
+      v("recursion", Recursion({1, 2}, 2, "expert"), true, false),
+      v("recursion_pairs", Recursion({0, 1, 2, 3}, 2, "expert"), true, false),
+      v("recursion_four", Recursion({0, 1, 2, 3}, 4, "expert"), true, false),
+      v("recursion_token", Recursion({1, 2, 3}, 3, "token"), true, false),
+      v("recursion_token_pairs", Recursion({0, 1, 2, 3}, 2, "token"), true, false),
+      v("recursion_random", {{"method", "recursion"}, {"layers", {1, 2, 3}}, {"decider", "random"}},
+        true, false),
+      v("recursion_around_dtrnet",
+        {Recursion({0, 1, 2, 3}, 2, "expert"), {{"method", "dtrnet"}, {"layers", {1, 3}}}}, true,
+        false),
       v("skip", {{"method", "skip"}}, false),
       v("skip_executed", {{"method", "skip"}, {"kv", "executed"}, {"estimator", "prob_gate"}}),
       v("dtrnet_and_moe", {{{"method", "dtrnet"}}, {{"method", "moe"}, {"experts", 3}}}, true,
@@ -188,7 +207,8 @@ TEST_P(Conformance, RoutersSplitTheRows) {
     const bool serves = GetParam().name != "early_exit";  // its rows skip in training only
     if (plan.experts.empty() && serves) {
       EXPECT_GT(plan.NumRouted(), 0) << id.name;
-      EXPECT_LT(plan.NumRouted(), plan.num_rows) << id.name;
+      const bool splits = m.layers[id.layer].router(id.site)->ServingShare(0.5) < 1;
+      EXPECT_EQ(plan.NumRouted() < plan.num_rows, splits) << id.name;
     }
   }
 }
@@ -205,7 +225,9 @@ TEST_P(Conformance, TheControllerReachesAnyShare) {
       const routing::Plan& plan = *PlanOf(plans[id.layer], id.site).plan;
       if (router.num_experts() > 0 || !router.ShiftBias(0)) continue;
       // Tokens that occur twice may tie in the first layers.
-      EXPECT_NEAR(plan.NumRouted(), target * plan.num_rows, 0.01 * plan.num_rows + 6) << id.name;
+      EXPECT_NEAR(plan.NumRouted(), target * router.ServingShare(1) * plan.num_rows,
+                  0.01 * plan.num_rows + 6)
+          << id.name;
     }
   }
 }
@@ -454,8 +476,10 @@ TEST(EarlyExit, ModesBatchesAndThreadsAreTheSameBits) {
 TEST(EarlyExit, SpeculationChangesNoToken) {
   // Also of routed models: a draft is a shorter model, whatever its layers decide.
   for (const Variant& variant : Variants()) {
-    if (variant.name != "early_exit" && variant.name != "dtrnet" && variant.name != "dllm")
+    if (variant.name != "early_exit" && variant.name != "dtrnet" && variant.name != "dllm" &&
+        !variant.name.starts_with("recursion")) {
       continue;
+    }
     const model::Model m = Settled(variant);
     for (const int64_t length : {1, 20}) {
       const std::vector<int32_t> prompt = RandomIds(length, 3);
@@ -475,6 +499,82 @@ TEST(EarlyExit, SpeculationChangesNoToken) {
     }
     EXPECT_THROW(Speculate(m, {1}, {.draft_layers = 4}, nullptr, nullptr), Error);
   }
+}
+
+/// The walk of the layers by hand, and every recursion combined where it ends.
+TEST(Recursion, IsTheFormula) {
+  for (const char* choice : {"expert", "token"}) {
+    const model::Model m = Settled({"test", Recursion({0, 1, 2, 3}, 2, choice)});
+    const eval::Batch batch = BatchOf({30, 14});
+    const at::NoGradGuard no_grad;
+    std::vector<routing::LayerPlans> plans;
+    std::vector<at::Tensor> states;
+    Forward(m, batch.ids_N, batch.stream, {.plans = &plans, .states = &states});
+    at::Tensor x = ops::Embed(m.embed, batch.ids_N), first = x;
+    const at::Tensor all = at::ones({44});
+    for (const int32_t begin : {0, 2}) {
+      const at::Tensor start = x;
+      const at::Tensor taken = FlagTensor(plans[begin].layer).unsqueeze(1);
+      for (const int32_t l : {begin, begin + 1}) {
+        EXPECT_TRUE(at::equal(FlagTensor(plans[l].layer).unsqueeze(1), taken));
+        const routing::Plan& plan = plans[l].layer;
+        const routing::Stream inner = batch.stream.Select(plan.RoutedRows());
+        routing::Plan every;
+        at::Tensor y = Mixer(m, m.layers[l - begin], ops::GatherRows(x, plan.RoutedRows()), inner,
+                             every, nullptr);
+        y = Ffn(m, m.layers[l - begin], y, every);
+        x = ops::ReplaceRows(x, plan.RoutedRows(), y);
+      }
+      // g F(H) + H; with token choice g F(F(H¹)) + H¹ for those that take both, F(H¹) on the way.
+      at::Tensor ends = taken, from = start;
+      const at::Tensor& weight =
+          plans[std::string(choice) == "token" ? 0 : begin].layer.span_weight_N;
+      if (std::string(choice) == "token") {
+        from = first;
+        if (begin == 0) ends = 1 - FlagTensor(plans[2].layer).unsqueeze(1);
+      }
+      x = at::where(ends.gt(0), from + weight.unsqueeze(1) * x, x);
+      EXPECT_GT(weight.std().item<float>(), 0.01f);
+      const double scale = x.abs().max().item<double>();
+      EXPECT_LE((states[begin + 1] - x).abs().max().item<double>(), 1e-5 * scale)
+          << choice << begin;
+    }
+  }
+}
+
+TEST(Recursion, AnExitRuleIsRefused) {
+  const model::Model m = ModelOf({"test", Recursion({1, 2}, 2, "expert")});
+  const model::ExitRule rule{model::ExitRule::Kind::kMargin, 0.5, 0};
+  EXPECT_THROW(Score(m, {{1, 2}}, ScoreMode::kFull, 64, rule), Error);
+}
+
+TEST(Recursion, WithoutACausalRuleItIsNotServed) {
+  Json routing = Recursion({1, 2}, 2, "expert");
+  routing["causal"] = "none";
+  const model::Model m = ModelOf({"test", routing});
+  EXPECT_THROW(Score(m, {{1, 2}}, ScoreMode::kFull), Error);
+  const eval::Batch batch = BatchOf({9});
+  const at::NoGradGuard no_grad;
+  Forward(m, batch.ids_N, batch.stream, {.mode = routing::Mode::kTeacherForced});
+}
+
+TEST(Recursion, SharedWeightsAreOneTensorAlsoAfterAVisitorReplacedThem) {
+  model::Model m = ModelOf({"test", Recursion({0, 1, 2, 3}, 2, "token")});
+  std::set<std::string> names;
+  ForEachTensor(m, [&](const std::string& name, at::Tensor& t) {
+    EXPECT_TRUE(names.insert(name).second) << name;
+    t = t.clone();
+  });
+  for (const int32_t l : {0, 1}) {
+    const model::LayerWeights &a = m.layers[l], &b = m.layers[l + 2];
+    EXPECT_TRUE(a.input_norm.is_same(b.input_norm));
+    EXPECT_TRUE(a.q.weight.is_same(b.q.weight));
+    EXPECT_TRUE(a.ffn.down.weight.is_same(b.ffn.down.weight));
+    EXPECT_EQ(&a.o.Packed(), &b.o.Packed());
+  }
+  EXPECT_TRUE(names.count("model.layers.1.mlp.up_proj.weight"));
+  EXPECT_FALSE(names.count("model.layers.2.mlp.up_proj.weight"));
+  EXPECT_TRUE(names.count("model.layers.0.recursion_router.weight"));
 }
 
 TEST(EarlyExit, WeightsOfTheExits) {

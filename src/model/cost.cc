@@ -35,6 +35,10 @@ struct LayerRouters {
       }
     }
   }
+  /// What the router of a site lets in, where gates let in `share`.
+  double Share(Site site, double share) const {
+    return (*this)[site] ? (*this)[site]->ServingShare(share) : 1;
+  }
   const routing::Router* operator[](Site site) const { return at[static_cast<size_t>(site)].get(); }
   int64_t FlopsPerRow(Site site) const { return (*this)[site] ? (*this)[site]->FlopsPerRow() : 0; }
 };
@@ -59,14 +63,16 @@ int64_t RouterParameterCount(const ModelConfig& c) {
 int64_t ParameterCount(const ModelConfig& c) {
   const int64_t d = c.hidden_size;
   const int64_t attention = 2 * d * (c.num_heads + c.num_kv_heads) * c.head_dim;
-  int64_t mlps = 0;
+  int64_t layers = 0, mlps = 0;
   for (int32_t l = 0; l < c.num_layers; ++l) {
+    if (WeightsLayer(c, l) != l) continue;
+    ++layers;
     const LayerRouters routers(c, l);
     const int64_t experts = routers[Site::kFfn] ? routers[Site::kFfn]->num_experts() : 0;
     mlps += experts + (experts == 0 || HasSharedExpert(c, l));
   }
   const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * d;
-  return embeddings + c.num_layers * (attention + 2 * d) + mlps * 3 * d * c.intermediate_size + d +
+  return embeddings + layers * (attention + 2 * d) + mlps * 3 * d * c.intermediate_size + d +
          RouterParameterCount(c);
 }
 
@@ -110,7 +116,7 @@ std::vector<LayerRows> RowsAtShare(const ModelConfig& c, int64_t num_tokens, dou
   for (int32_t l = 0; l < c.num_layers; ++l) {
     const LayerRouters routers(c, l);
     const auto within = [&](Site site, double n) {
-      return routers[site] ? static_cast<double>(std::llround(share * n)) : n;
+      return static_cast<double>(std::llround(routers.Share(site, share) * n));
     };
     LayerRows r;
     r.entered = within(Site::kLayer, static_cast<double>(num_tokens));
@@ -183,9 +189,8 @@ double KvBytes(const ModelConfig& c, int64_t num_tokens, double share) {
   double bytes = 0;
   for (int32_t l = 0; l < c.num_layers; ++l) {
     const LayerRouters routers(c, l);
-    double entries = static_cast<double>(num_tokens);
-    if (routers[Site::kLayer]) entries *= share;
-    if (routers[Site::kMixer] && !routers.write_all) entries *= share;
+    double entries = static_cast<double>(num_tokens) * routers.Share(Site::kLayer, share);
+    if (!routers.write_all) entries *= routers.Share(Site::kMixer, share);
     const bool ragged = routers[Site::kLayer] || routers[Site::kMixer];
     bytes += entries * (entry + (ragged ? 4 : 0));
   }
