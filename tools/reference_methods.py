@@ -506,7 +506,8 @@ class Model:
         method, length = place.method, len(x)
         everyone = torch.ones(length, dtype=torch.bool)
         token = method["choice"] == "token"
-        by_layer = {i: routes[name].decision for (i, _), name in self.config.routers().items() if name in routes}
+        by_layer = {i: routes[name].decision for (i, site), name in self.config.routers().items()
+                    if site == "layer" and name in routes}
         leader = by_layer.get(place.first if token else place.first + place.cycle * place.recursion)
         fields: dict = {}
         if method["decider"] != "learned":

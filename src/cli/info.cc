@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 
@@ -46,7 +47,15 @@ int32_t NumWeightLayers(const model::ModelConfig& c) {
   return count;
 }
 
-/// "layers 0-2 100.0 %, 3-4 66.7 %": what the layers let in, if not one share for all that route.
+/// Whether the rows of some layer depend on the share that gates let in.
+bool DependsOnShare(const model::ModelConfig& c) {
+  const auto low = RowsAtShare(c, 1000, 0.25), high = RowsAtShare(c, 1000, 0.75);
+  return !std::equal(low.begin(), low.end(), high.begin(), [](const auto& a, const auto& b) {
+    return a.entered == b.entered && a.attended == b.attended && a.fed == b.fed;
+  });
+}
+
+/// "layers 0-2 100.0%, 3-4 66.7%": what the layers let in.
 std::string SharesText(const model::ModelConfig& c, double share) {
   constexpr int64_t kTokens = 1000000;
   const std::vector<model::LayerRows> rows = RowsAtShare(c, kTokens, share);
@@ -101,10 +110,13 @@ void Print(const model::ModelConfig& c, double share, const std::vector<Row>& ro
         "loads are even: {}\n",
         weight_layers, SharesText(c, share));
   }
+  const bool share_counts = c.routing.empty() || DependsOnShare(c);
   fmt::print(
-      "forward FLOPs per token at {} of tokens attending in routed layers; multiply-add = 2; "
-      "router and head included; causal: keys visited, full: whole score matrices\n",
-      report::FormatPercent(share));
+      "forward FLOPs per token{}; multiply-add = 2; router and head included; "
+      "causal: keys visited, full: whole score matrices\n",
+      share_counts
+          ? fmt::format(" at {} of tokens attending in routed layers", report::FormatPercent(share))
+          : "");
   report::TextTable table({{"length"},
                            {"FLOPs causal"},
                            {"dense"},

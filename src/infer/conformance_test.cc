@@ -5,7 +5,6 @@
 #include <cstring>
 #include <filesystem>
 #include <numeric>
-#include <set>
 
 #include "core/error.h"
 #include "core/op_counter.h"
@@ -16,7 +15,6 @@
 #include "infer/score.h"
 #include "infer/speculate.h"
 #include "model/cost.h"
-#include "ops/rows.h"
 #include "routing/early_exit.h"
 #include "routing/registry.h"
 #include "train/step.h"
@@ -499,82 +497,6 @@ TEST(EarlyExit, SpeculationChangesNoToken) {
     }
     EXPECT_THROW(Speculate(m, {1}, {.draft_layers = 4}, nullptr, nullptr), Error);
   }
-}
-
-/// The walk of the layers by hand, and every recursion combined where it ends.
-TEST(Recursion, IsTheFormula) {
-  for (const char* choice : {"expert", "token"}) {
-    const model::Model m = Settled({"test", Recursion({0, 1, 2, 3}, 2, choice)});
-    const eval::Batch batch = BatchOf({30, 14});
-    const at::NoGradGuard no_grad;
-    std::vector<routing::LayerPlans> plans;
-    std::vector<at::Tensor> states;
-    Forward(m, batch.ids_N, batch.stream, {.plans = &plans, .states = &states});
-    at::Tensor x = ops::Embed(m.embed, batch.ids_N), first = x;
-    const at::Tensor all = at::ones({44});
-    for (const int32_t begin : {0, 2}) {
-      const at::Tensor start = x;
-      const at::Tensor taken = FlagTensor(plans[begin].layer).unsqueeze(1);
-      for (const int32_t l : {begin, begin + 1}) {
-        EXPECT_TRUE(at::equal(FlagTensor(plans[l].layer).unsqueeze(1), taken));
-        const routing::Plan& plan = plans[l].layer;
-        const routing::Stream inner = batch.stream.Select(plan.RoutedRows());
-        routing::Plan every;
-        at::Tensor y = Mixer(m, m.layers[l - begin], ops::GatherRows(x, plan.RoutedRows()), inner,
-                             every, nullptr);
-        y = Ffn(m, m.layers[l - begin], y, every);
-        x = ops::ReplaceRows(x, plan.RoutedRows(), y);
-      }
-      // g F(H) + H; with token choice g F(F(H¹)) + H¹ for those that take both, F(H¹) on the way.
-      at::Tensor ends = taken, from = start;
-      const at::Tensor& weight =
-          plans[std::string(choice) == "token" ? 0 : begin].layer.span_weight_N;
-      if (std::string(choice) == "token") {
-        from = first;
-        if (begin == 0) ends = 1 - FlagTensor(plans[2].layer).unsqueeze(1);
-      }
-      x = at::where(ends.gt(0), from + weight.unsqueeze(1) * x, x);
-      EXPECT_GT(weight.std().item<float>(), 0.01f);
-      const double scale = x.abs().max().item<double>();
-      EXPECT_LE((states[begin + 1] - x).abs().max().item<double>(), 1e-5 * scale)
-          << choice << begin;
-    }
-  }
-}
-
-TEST(Recursion, AnExitRuleIsRefused) {
-  const model::Model m = ModelOf({"test", Recursion({1, 2}, 2, "expert")});
-  const model::ExitRule rule{model::ExitRule::Kind::kMargin, 0.5, 0};
-  EXPECT_THROW(Score(m, {{1, 2}}, ScoreMode::kFull, 64, rule), Error);
-}
-
-TEST(Recursion, WithoutACausalRuleItIsNotServed) {
-  Json routing = Recursion({1, 2}, 2, "expert");
-  routing["causal"] = "none";
-  const model::Model m = ModelOf({"test", routing});
-  EXPECT_THROW(Score(m, {{1, 2}}, ScoreMode::kFull), Error);
-  const eval::Batch batch = BatchOf({9});
-  const at::NoGradGuard no_grad;
-  Forward(m, batch.ids_N, batch.stream, {.mode = routing::Mode::kTeacherForced});
-}
-
-TEST(Recursion, SharedWeightsAreOneTensorAlsoAfterAVisitorReplacedThem) {
-  model::Model m = ModelOf({"test", Recursion({0, 1, 2, 3}, 2, "token")});
-  std::set<std::string> names;
-  ForEachTensor(m, [&](const std::string& name, at::Tensor& t) {
-    EXPECT_TRUE(names.insert(name).second) << name;
-    t = t.clone();
-  });
-  for (const int32_t l : {0, 1}) {
-    const model::LayerWeights &a = m.layers[l], &b = m.layers[l + 2];
-    EXPECT_TRUE(a.input_norm.is_same(b.input_norm));
-    EXPECT_TRUE(a.q.weight.is_same(b.q.weight));
-    EXPECT_TRUE(a.ffn.down.weight.is_same(b.ffn.down.weight));
-    EXPECT_EQ(&a.o.Packed(), &b.o.Packed());
-  }
-  EXPECT_TRUE(names.count("model.layers.1.mlp.up_proj.weight"));
-  EXPECT_FALSE(names.count("model.layers.2.mlp.up_proj.weight"));
-  EXPECT_TRUE(names.count("model.layers.0.recursion_router.weight"));
 }
 
 TEST(EarlyExit, WeightsOfTheExits) {
