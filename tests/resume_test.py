@@ -23,6 +23,10 @@ RUNS = {
     "dllm": ["--method", "dllm", "--routing", "hidden=16", "--schedule", "aux_loss_coeff: 0->5 sine"],
     "moe_bias": ["--method", "moe", "--routing", "experts=4", "--routing", "bias_rate=0.01", "--routing", "jitter=0.01"],
     "skip": ["--method", "skip", "--schedule", "temperature: 5->1 linear", "--schedule", "target_share: 1->0.4 linear"],
+    "recursion": ["--method", "recursion", "--layout", "all", "--target-share", 1, "--micro-batch-size", 1,
+                  "--global-batch-size", 4],
+    "recursion_token": ["--method", "recursion", "--layout", "1,2", "--routing", "recursions=2", "--routing",
+                        "choice=token", "--activation-checkpointing"],
     "early_exit": ["--method", "early_exit", "--routing", "max_dropout=0.5"],
 }
 

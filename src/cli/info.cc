@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 
@@ -39,6 +40,35 @@ Row RowFor(const model::ModelConfig& c, int64_t seq_len, double share) {
           model::KvBytes(dense, seq_len, 1.0)};
 }
 
+/// Layers whose weights no layer below has.
+int32_t NumWeightLayers(const model::ModelConfig& c) {
+  int32_t count = 0;
+  for (int32_t l = 0; l < c.num_layers; ++l) count += WeightsLayer(c, l) == l;
+  return count;
+}
+
+/// Whether the rows of some layer depend on the share that gates let in.
+bool DependsOnShare(const model::ModelConfig& c) {
+  const auto low = RowsAtShare(c, 1000, 0.25), high = RowsAtShare(c, 1000, 0.75);
+  return !std::equal(low.begin(), low.end(), high.begin(), [](const auto& a, const auto& b) {
+    return a.entered == b.entered && a.attended == b.attended && a.fed == b.fed;
+  });
+}
+
+/// "layers 0-2 100.0%, 3-4 66.7%": what the layers let in.
+std::string SharesText(const model::ModelConfig& c, double share) {
+  constexpr int64_t kTokens = 1000000;
+  const std::vector<model::LayerRows> rows = RowsAtShare(c, kTokens, share);
+  std::string text;
+  for (int32_t begin = 0, end = 0; begin < c.num_layers; begin = end) {
+    while (end < c.num_layers && rows[end].entered == rows[begin].entered) ++end;
+    text += fmt::format("{}{}{} {}", text.empty() ? "layers " : ", ", begin,
+                        end - begin > 1 ? fmt::format("-{}", end - 1) : "",
+                        report::FormatPercent(rows[begin].entered / kTokens));
+  }
+  return text;
+}
+
 Json ToJson(const model::ModelConfig& c, double share, const std::vector<Row>& rows) {
   Json lengths = Json::array();
   for (const Row& r : rows) {
@@ -55,6 +85,7 @@ Json ToJson(const model::ModelConfig& c, double share, const std::vector<Row>& r
   }
   return {{"method", MethodName(c)},
           {"routed_layers", RoutedLayers(c)},
+          {"weight_layers", NumWeightLayers(c)},
           {"share", share},
           {"parameters", model::ParameterCount(c)},
           {"router_parameters", model::RouterParameterCount(c)},
@@ -72,10 +103,20 @@ void Print(const model::ModelConfig& c, double share, const std::vector<Row>& ro
       c.tie_word_embeddings ? "tied" : "own");
   fmt::print("parameters {}, of which routers {} ({:.2f} %)\n", report::FormatCount(parameters),
              report::FormatCount(routers), 100 * routers / parameters);
+  const int32_t weight_layers = NumWeightLayers(c);
+  if (weight_layers < c.num_layers) {
+    fmt::print(
+        "{} of the layers hold weights, the others use them again; tokens that enter, if "
+        "loads are even: {}\n",
+        weight_layers, SharesText(c, share));
+  }
+  const bool share_counts = c.routing.empty() || DependsOnShare(c);
   fmt::print(
-      "forward FLOPs per token at {} of tokens attending in routed layers; multiply-add = 2; "
-      "router and head included; causal: keys visited, full: whole score matrices\n",
-      report::FormatPercent(share));
+      "forward FLOPs per token{}; multiply-add = 2; router and head included; "
+      "causal: keys visited, full: whole score matrices\n",
+      share_counts
+          ? fmt::format(" at {} of tokens attending in routed layers", report::FormatPercent(share))
+          : "");
   report::TextTable table({{"length"},
                            {"FLOPs causal"},
                            {"dense"},

@@ -29,8 +29,10 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
                  "Tokenizer to store in checkpoints (default: the one beside the data)");
   sub.add_option("--method", c.method,
                  "dense, a routing method, or several joined by +, over the model config's");
-  sub.add_option("--layout", c.layout,
-                 "Routed layers: bilayer, bilayer_dense_ends, trilayer, all, or 1,3,5");
+  sub.add_option(
+      "--layout", c.layout,
+      "Routed layers: bilayer, bilayer_dense_ends, trilayer, all, all_but_two, middle, or "
+      "1,3,5");
   sub.add_option("--routing", c.routing,
                  "KEY=VALUE or METHOD.KEY=VALUE: an option of the method (docs/routing.md)")
       ->allow_extra_args(false);

@@ -248,6 +248,14 @@ bool HasSharedExpert(const ModelConfig& config, int32_t layer) {
   return false;
 }
 
+int32_t WeightsLayer(const ModelConfig& config, int32_t layer) {
+  for (const routing::RoutingConfig& r : config.routing) {
+    const auto weights_layer = routing::FindMethod(r.method).weights_layer;
+    if (weights_layer && r.HasLayer(layer)) return weights_layer(r, layer);
+  }
+  return layer;
+}
+
 routing::Shape RouterShape(const ModelConfig& c) {
   return {c.hidden_size, c.vocab_size, c.num_layers, c.rms_norm_eps};
 }
@@ -262,6 +270,17 @@ void CheckRouting(const ModelConfig& config, const std::string& name) {
           Fail("config", "{}: routing: {} and {} both decide for the {} of layer {}", name,
                it->second, r.method, routing::SiteName(site), l);
         }
+      }
+    }
+  }
+  for (int32_t l = 0; l < config.num_layers; ++l) {
+    const int32_t source = WeightsLayer(config, l);
+    for (const routing::RoutingConfig& r : config.routing) {
+      if (source != l && r.options.contains("experts") && (r.HasLayer(l) || r.HasLayer(source))) {
+        Fail("config",
+             "{}: routing: layer {} uses the weights of layer {}, which experts of {} are no part "
+             "of. Hint: {} on other layers",
+             name, l, source, r.method, r.method);
       }
     }
   }

@@ -41,6 +41,9 @@ std::vector<RouterId> Routers(const ModelConfig& config);
 bool HasRouter(const ModelConfig& config, int32_t layer, routing::Site site);
 /// Whether layer `layer` has an MLP that every row takes beside its experts.
 bool HasSharedExpert(const ModelConfig& config, int32_t layer);
+/// The layer whose attention, MLP and norms layer `layer` uses: its own (and at most `layer`)
+/// unless a method shares them.
+int32_t WeightsLayer(const ModelConfig& config, int32_t layer);
 routing::Shape RouterShape(const ModelConfig& config);
 /// Checks that no two routers of a layer govern the same span, and that methods fit one another.
 /// Error("config") otherwise.

@@ -164,6 +164,17 @@ TEST(Config, RoutingErrors) {
       {{"method", "dense"}, {"aux_loss_coeff", 1e-3}},
       {{"method", "dtrnet"}, {"layers", {1}}, {"layout", "bilayer"}},
       {{"layers", {1}}},
+      {{"method", "recursion"}},  // two middle layers, three recursions
+      {{"method", "recursion"}, {"recursions", 1}},
+      {{"method", "recursion"}, {"recursions", 2}, {"layers", {0, 2}}},
+      {{"method", "recursion"}, {"recursions", 2}, {"layers", {1, 2, 3}}},
+      {{"method", "recursion"}, {"recursions", 2}, {"layers", Json::array()}},
+      {{"method", "recursion"}, {"recursions", 2}, {"choice", "depth"}},
+      {{"method", "recursion"}, {"recursions", 2}, {"capacity", 0.5}},
+      {{"method", "recursion"}, {"recursions", 2}, {"causal", "predictor"}},
+      {{{"method", "recursion"}, {"recursions", 2}}, {{"method", "mod"}, {"layers", {2}}}},
+      {{{"method", "recursion"}, {"recursions", 2}}, {{"method", "moe"}, {"layers", {1}}}},
+      {{{"method", "recursion"}, {"recursions", 2}}, {{"method", "moe"}, {"layers", {2}}}},
   };
   for (const Json& routing : bad) EXPECT_THROW(Parse(With("routing", routing)), Error) << routing;
   Json both = With("routing", {{"method", "dtrnet"}});
@@ -186,6 +197,30 @@ TEST(Config, EveryFaultOfARoutingObjectIsNamed) {
       EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << word << error.what();
     }
   }
+}
+
+TEST(Config, RecursionSharesWeights) {
+  const ModelConfig middle = Parse(With("routing", {{"method", "recursion"}, {"recursions", 2}}));
+  EXPECT_EQ(RoutedLayers(middle), (Layers{1, 2}));
+  const ModelConfig pairs = Parse(
+      With("routing", {{"method", "recursion"}, {"recursions", 2}, {"layers", {0, 1, 2, 3}}}));
+  const Layers of_middle = {0, 1, 1, 3}, of_pairs = {0, 1, 0, 1};
+  for (int32_t l = 0; l < 4; ++l) {
+    EXPECT_EQ(WeightsLayer(middle, l), of_middle[l]);
+    EXPECT_EQ(WeightsLayer(pairs, l), of_pairs[l]);
+    EXPECT_EQ(WeightsLayer(DenseTwin(pairs), l), l);
+  }
+  try {
+    Parse(With("routing", {{"method", "recursion"}, {"recursions", 2}, {"layers", {0, 1, 3}}}));
+    FAIL();
+  } catch (const Error& error) {
+    for (const char* fault : {"consecutive ones, got 3 from 0 to 3", "a multiple of the 2"}) {
+      EXPECT_NE(std::string(error.what()).find(fault), std::string::npos) << error.what();
+    }
+  }
+  // Experts are welcome where no weights are shared.
+  Parse(With("routing", {{{"method", "recursion"}, {"recursions", 2}},
+                         {{"method", "moe"}, {"layers", {0, 3}}}}));
 }
 
 TEST(Config, TwoMethods) {

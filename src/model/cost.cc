@@ -39,6 +39,10 @@ struct LayerRouters {
       }
     }
   }
+  /// What the router of a site lets in, where gates let in `share`.
+  double Share(Site site, double share) const {
+    return (*this)[site] ? (*this)[site]->ServingShare(share) : 1;
+  }
   const routing::Router* operator[](Site site) const { return at[static_cast<size_t>(site)].get(); }
   int64_t FlopsPerRow(Site site) const { return (*this)[site] ? (*this)[site]->FlopsPerRow() : 0; }
 };
@@ -107,14 +111,16 @@ int64_t RouterParameterCount(const ModelConfig& c) {
 int64_t ParameterCount(const ModelConfig& c) {
   const int64_t d = c.hidden_size;
   const int64_t attention = 2 * d * (c.num_heads + c.num_kv_heads) * c.head_dim;
-  int64_t mlps = 0;
+  int64_t layers = 0, mlps = 0;
   for (int32_t l = 0; l < c.num_layers; ++l) {
+    if (WeightsLayer(c, l) != l) continue;
+    ++layers;
     const LayerRouters routers(c, l);
     const int64_t experts = routers[Site::kFfn] ? routers[Site::kFfn]->num_experts() : 0;
     mlps += experts + (experts == 0 || HasSharedExpert(c, l));
   }
   const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * d;
-  return embeddings + c.num_layers * (attention + 2 * d) + mlps * 3 * d * c.intermediate_size + d +
+  return embeddings + layers * (attention + 2 * d) + mlps * 3 * d * c.intermediate_size + d +
          RouterParameterCount(c);
 }
 
@@ -149,7 +155,7 @@ std::vector<LayerRows> RowsAtShare(const ModelConfig& c, int64_t num_tokens, dou
   for (int32_t l = 0; l < c.num_layers; ++l) {
     const LayerRouters routers(c, l);
     const auto within = [&](Site site, double n) {
-      return routers[site] ? static_cast<double>(std::llround(share * n)) : n;
+      return static_cast<double>(std::llround(routers.Share(site, share) * n));
     };
     LayerRows r;
     r.entered = within(Site::kLayer, static_cast<double>(num_tokens));
@@ -233,14 +239,14 @@ double KvBytes(const ModelConfig& c, int64_t num_tokens, double share) {
   double bytes = 0;
   for (int32_t l = 0; l < c.num_layers; ++l) {
     const LayerRouters routers(c, l);
-    double entries = static_cast<double>(num_tokens);
-    if (routers[Site::kLayer]) entries *= share;
+    double entries = static_cast<double>(num_tokens) * routers.Share(Site::kLayer, share);
+    const double inner = routers.Share(Site::kMixer, share);
     const double window = static_cast<double>(routers.window.size);
     const double sink = std::min(static_cast<double>(routers.window.sink), entries);
     if (routers[Site::kMixer] && window > 0) {
-      entries = share * (entries - sink) + sink + std::min(entries, window);
+      entries = inner * (entries - sink) + sink + std::min(entries, window);
     } else if (routers[Site::kMixer] && !routers.write_all && routers.blocks.size == 0) {
-      entries *= share;
+      entries *= inner;
     }
     const kernels::KvLayout layout = KvShapeOf(c, l).layout;
     const double sums = layout.block_pages > 0 ? entry / 2 / kernels::kPageEntries : 0;

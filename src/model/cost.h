@@ -41,7 +41,8 @@ struct LayerRows {
 /// What the plans of a forward pass without a cache did.
 std::vector<LayerRows> RowsOf(const ModelConfig& config, const routing::Stream& stream,
                               const std::vector<routing::LayerPlans>& plans);
-/// Every gate lets the same share in (rounded); every token goes to as many experts as it may.
+/// Every gate lets the same share in (rounded), a router that has its own share that one; every
+/// token goes to as many experts as it may.
 std::vector<LayerRows> RowsAtShare(const ModelConfig& config, int64_t num_tokens, double share);
 
 /// FLOPs of a serving forward pass over T tokens.

@@ -141,6 +141,34 @@ TEST(Cost, DenseTwinOfEqualFlops) {
   }
 }
 
+TEST(Cost, RecursionHasItsOwnShares) {
+  for (const char* choice : {"expert", "token"}) {
+    const ModelConfig c = ParseConfig({{"vocab_size", 211},
+                                       {"hidden_size", 72},
+                                       {"intermediate_size", 100},
+                                       {"num_hidden_layers", 8},
+                                       {"num_attention_heads", 6},
+                                       {"num_key_value_heads", 2},
+                                       {"head_dim", 20},
+                                       {"routing", {{"method", "recursion"}, {"choice", choice}}}},
+                                      "test");
+    const std::vector<LayerRows> rows = RowsAtShare(c, 900, 0.1);
+    const std::vector<double> entered = {900, 900, 900, 600, 600, 300, 300, 900};
+    for (size_t l = 0; l < entered.size(); ++l) EXPECT_EQ(rows[l].entered, entered[l]);
+    const double entry = 2 * 2 * 20 * 4;
+    EXPECT_DOUBLE_EQ(KvBytes(c, 900, 0.1), 1800 * entry + 3600 * (entry + 4));
+    // Four layers have weights.
+    ModelConfig four = DenseTwin(c);
+    four.num_layers = 4;
+    EXPECT_EQ(ParameterCount(c), ParameterCount(four) + RouterParameterCount(c));
+    // θ of three recursions and two biases; W.
+    EXPECT_EQ(RouterParameterCount(c), 3 * 72 + (std::string(choice) == "expert" ? 2 : 0));
+    Model model = AllocateModel(c);
+    InitializeWeights(model, 5);
+    ExpectCountedEqualsFormula(model, 90, nullptr);
+  }
+}
+
 TEST(Cost, KvBytes) {
   const ModelConfig c = RandomShape(false);
   const double entry = 2 * 2 * 20 * 4;

@@ -33,11 +33,32 @@ void ForEachRouterTensor(LayerWeights& layer, const routing::TensorVisitor& visi
   }
 }
 
+namespace {
+
+/// The weights that layers share, beside routers: the same tensors, packed once.
+void ShareWeights(const LayerWeights& from, LayerWeights* to) {
+  to->input_norm = from.input_norm;
+  to->post_norm = from.post_norm;
+  to->q = from.q;
+  to->k = from.k;
+  to->v = from.v;
+  to->o = from.o;
+  to->ffn = from.ffn;
+}
+
+}  // namespace
+
 void ForEachTensor(Model& model, const routing::TensorVisitor& visit) {
   visit("model.embed_tokens.weight", model.embed);
-  for (size_t l = 0; l < model.layers.size(); ++l) {
+  for (int32_t l = 0; l < std::ssize(model.layers); ++l) {
     LayerWeights& w = model.layers[l];
     const std::string prefix = fmt::format("model.layers.{}.", l);
+    if (const int32_t source = WeightsLayer(model.config, l); source != l) {
+      ShareWeights(model.layers[source], &w);  // a visitor may have replaced them
+      ForEachRouterTensor(w,
+                          [&](const std::string& name, at::Tensor& t) { visit(prefix + name, t); });
+      continue;
+    }
     visit(prefix + "input_layernorm.weight", w.input_norm);
     visit(prefix + "self_attn.q_proj.weight", w.q.weight);
     visit(prefix + "self_attn.k_proj.weight", w.k.weight);
@@ -118,6 +139,12 @@ Model AllocateModel(const ModelConfig& c) {
   const int64_t q_width = c.num_heads * c.head_dim, kv_width = c.num_kv_heads * c.head_dim;
   for (int32_t l = 0; l < c.num_layers; ++l) {
     LayerWeights w;
+    if (const int32_t source = WeightsLayer(c, l); source != l) {
+      ShareWeights(m.layers[source], &w);
+      AddRouters(c, l, &w);
+      m.layers.push_back(std::move(w));
+      continue;
+    }
     w.input_norm = at::zeros({c.hidden_size});
     w.post_norm = at::zeros({c.hidden_size});
     w.q.weight = at::zeros({q_width, c.hidden_size});

@@ -58,8 +58,8 @@ struct Model {
 };
 
 /// Visits every weight by its Hugging Face name (routers by the DTRNet code's), embedding first,
-/// layers in order. A tied head is not visited. Load, save, parameter groups and counting all go
-/// through here.
+/// layers in order. A tied head is not visited, and weights that layers share once. Load, save,
+/// parameter groups and counting all go through here.
 void ForEachTensor(Model& model, const routing::TensorVisitor& visit);
 /// The weights of one layer's routers only; names relative to "model.layers.N.".
 void ForEachRouterTensor(LayerWeights& layer, const routing::TensorVisitor& visit);

@@ -20,18 +20,19 @@ using torch::autograd::variable_list;
 
 namespace {
 
-/// The tensors of a layer's plans that a loss may act on.
-std::vector<at::Tensor*> LossInputs(LayerPlans& plans) {
+/// The tensors of a layer's plans that carry gradient to what happens outside the layer.
+std::vector<at::Tensor*> Carried(LayerPlans& plans) {
   std::vector<at::Tensor*> tensors;
   for (Plan* plan : {&plans.layer, &plans.mixer, &plans.ffn}) {
-    for (at::Tensor* t : {&plan->gate_N, &plan->scores_NC, &plan->penalty}) {
+    for (at::Tensor* t : {&plan->gate_N, &plan->scores_NC, &plan->choice_NE, &plan->span_weight_N,
+                          &plan->penalty}) {
       if (t->defined()) tensors.push_back(t);
     }
   }
   return tensors;
 }
 
-/// A layer as a function: x -> {x', LossInputs}.
+/// A layer as a function: x -> {x', Carried}.
 using LayerFn = std::function<variable_list(const at::Tensor& x_ND)>;
 
 struct LayerCapsule : torch::CustomClassHolder {
@@ -76,6 +77,7 @@ double FallbackShare(const ModelConfig& config, int32_t l) {
 }
 
 using StreamPtr = std::shared_ptr<const routing::Stream>;
+using PlansPtr = std::shared_ptr<std::vector<LayerPlans>>;
 
 at::Tensor RunOne(const Model& model, int32_t l, const at::Tensor& x_ND, const StreamPtr& stream,
                   const ForwardOptions& options, LayerPlans* plans) {
@@ -87,15 +89,14 @@ at::Tensor RunOne(const Model& model, int32_t l, const at::Tensor& x_ND, const S
 }
 
 /// RunOne under activation checkpointing: the first run decides and records, the second replays the
-/// record. The model outlives the backward pass.
+/// record, which all layers share. The model outlives the backward pass.
 at::Tensor RunCheckpointed(const Model& model, int32_t l, const at::Tensor& x_ND,
                            const StreamPtr& stream, const ForwardOptions& options,
-                           LayerPlans* plans) {
-  auto recorded = std::make_shared<std::vector<LayerPlans>>(model.layers.size());
+                           LayerPlans* plans, const PlansPtr& recorded) {
   const auto run = [&model, l, stream](const at::Tensor& x, const ForwardOptions& o,
                                        LayerPlans* taken) {
     variable_list outputs = {RunOne(model, l, x, stream, o, taken)};
-    for (at::Tensor* t : LossInputs(*taken)) outputs.push_back(*t);
+    for (at::Tensor* t : Carried(*taken)) outputs.push_back(*t);
     return outputs;
   };
   const LayerFn first = [&](const at::Tensor& x) {
@@ -104,14 +105,14 @@ at::Tensor RunCheckpointed(const Model& model, int32_t l, const at::Tensor& x_ND
     return outputs;
   };
   ForwardOptions again = options;
-  again.replay = recorded.get();
+  again.replay = again.plans = recorded.get();
   LayerFn second = [run, recorded, again](const at::Tensor& x) {
     LayerPlans replayed;
     return run(x, again, &replayed);
   };
   const variable_list outputs = CheckpointFn::apply(x_ND, std::move(second), first);
   size_t next = 1;
-  for (at::Tensor* t : LossInputs(*plans)) *t = outputs[next++];
+  for (at::Tensor* t : Carried(*plans)) *t = outputs[next++];
   return outputs[0];
 }
 
@@ -126,6 +127,34 @@ at::Tensor RunExited(const Model& model, int32_t l, const at::Tensor& x_ND, cons
                   options.caches ? (*options.caches)[l] : nullptr, plans);
 }
 
+/// Rows on their way through a span of several layers.
+struct OpenSpan {
+  int32_t last = 0;  ///< they leave after this layer
+  at::Tensor before_ND, rows, weight_N;
+};
+
+/// Opens the spans that begin at layer `l`, whose input was before_ND, and closes those that end
+/// there, or all of them after the last layer that runs.
+at::Tensor CombineSpans(const Plan& plan, int32_t l, bool is_last, const at::Tensor& before_ND,
+                        at::Tensor x_ND, std::vector<OpenSpan>* spans) {
+  for (const routing::DeepSpan& s : plan.deep) {
+    spans->push_back({l + s.num_layers - 1, before_ND, s.rows, plan.span_weight_N});
+  }
+  std::vector<OpenSpan> open;
+  for (OpenSpan& s : *spans) {
+    if (s.last > l && !is_last) {
+      open.push_back(std::move(s));
+    } else if (s.rows.size(0) > 0) {
+      x_ND = ops::ReplaceRows(
+          x_ND, s.rows,
+          ops::AddScaled(ops::GatherRows(s.before_ND, s.rows), ops::GatherRows(x_ND, s.rows),
+                         s.weight_N.index_select(0, s.rows)));
+    }
+  }
+  *spans = std::move(open);
+  return x_ND;
+}
+
 }  // namespace
 
 Plan Decide(const Model& model, int32_t l, Site site, const routing::Taps& taps,
@@ -138,7 +167,8 @@ Plan Decide(const Model& model, int32_t l, Site site, const routing::Taps& taps,
     if (deeper > options.knobs.routed_layers) return routing::EveryRow(taps.stream.num_rows());
   }
   const Plan* replay = options.replay ? routing::PlanOf((*options.replay)[l], site).plan : nullptr;
-  const routing::DecideArgs args{options.mode, l, options.draw, options.knobs, replay};
+  const routing::DecideArgs args{options.mode,  l,      options.draw,
+                                 options.knobs, replay, options.plans};
   Plan plan = router->Decide(taps, args);
   const bool nobody = options.mode == Mode::kTrain && !replay && site == Site::kMixer &&
                       plan.num_rows > 0 && plan.NumRouted() == 0;
@@ -161,14 +191,25 @@ at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::S
   std::vector<LayerPlans> ignored;
   std::vector<LayerPlans>& plans = options.plans ? *options.plans : ignored;
   plans.assign(model.layers.size(), {});
+  ForwardOptions own = options;
+  own.plans = &plans;
+  const PlansPtr recorded =
+      options.checkpoint ? std::make_shared<std::vector<LayerPlans>>(plans.size()) : nullptr;
   const int32_t num_layers = options.num_layers >= 0 ? options.num_layers : model.config.num_layers;
   const bool exits = options.exit.kind != ExitRule::Kind::kNone;
   ExitState exit(stream.num_rows());
+  std::vector<OpenSpan> spans;
   for (int32_t l = 0; l < num_layers; ++l) {
-    const auto run = exits ? RunExited : options.checkpoint ? RunCheckpointed : RunOne;
     if (exits) plans[l] = exit.Plans();
     const at::Tensor before = x_ND;
-    x_ND = run(model, l, x_ND, with_ids, options, &plans[l]);
+    if (exits) {
+      x_ND = RunExited(model, l, x_ND, with_ids, own, &plans[l]);
+    } else if (options.checkpoint) {
+      x_ND = RunCheckpointed(model, l, x_ND, with_ids, own, &plans[l], recorded);
+    } else {
+      x_ND = RunOne(model, l, x_ND, with_ids, own, &plans[l]);
+    }
+    x_ND = CombineSpans(plans[l].layer, l, l + 1 == num_layers, before, x_ND, &spans);
     if (exits) exit.Update(model, options.exit, l, before, x_ND);
     if (options.states) options.states->push_back(x_ND);
   }

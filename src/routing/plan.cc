@@ -99,6 +99,8 @@ std::vector<uint8_t> RoutedFlags(const Plan& plan) {
   return flags;
 }
 
+at::Tensor Plan::RoutedRows() const { return all_routed ? at::arange(num_rows, at::kInt) : rows_R; }
+
 OuterPlan PlanOf(const LayerPlans& plans, Site site) {
   if (site == Site::kLayer) return {&plans.layer, {}};
   return {site == Site::kMixer ? &plans.mixer : &plans.ffn,
@@ -135,6 +137,9 @@ Plan SliceRows(const Plan& plan, int64_t begin, int64_t end) {
   part.soft = plan.soft;
   for (const ExpertRows& e : plan.experts) {
     part.experts.push_back({RowsWithin(e.rows, begin, end), {}});
+  }
+  for (const DeepSpan& s : plan.deep) {
+    part.deep.push_back({s.num_layers, RowsWithin(s.rows, begin, end)});
   }
   return part;
 }

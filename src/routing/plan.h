@@ -50,6 +50,12 @@ struct ExpertRows {
   at::Tensor weight;  ///< f32 per row, carries gradients
 };
 
+/// Rows that leave a span of several layers after the same number of them.
+struct DeepSpan {
+  int32_t num_layers = 1;  ///< counted from the layer that decided
+  at::Tensor rows;         ///< i32, ascending
+};
+
 /// One router's decision about the rows of one span. Rows are indices into the span's stream,
 /// ascending.
 struct Plan {
@@ -63,24 +69,30 @@ struct Plan {
   ops::BlockRule blocks;   ///< which keys the rows see; all rows attend then
   bool write_all = false;  ///< bypassed rows write K and V all the same
   std::vector<ExpertRows> experts;  ///< ffn span of a layer with experts
+  /// Layer span: rows that go on as x + w · F(x) after the last of so many layers, x the input of
+  /// this layer, F(x) what the layers made of it, w their span_weight_N. No row is in two of them.
+  std::vector<DeepSpan> deep;
 
   // With gradients:
-  at::Tensor weight_N;   ///< f32, weight of the way each row takes; undefined: 1
-  at::Tensor gate_N;     ///< f32, how far each row takes the span; what budgets act on
+  at::Tensor weight_N;       ///< f32, weight of the way each row takes; undefined: 1
+  at::Tensor span_weight_N;  ///< f32, weight of each row of `deep`
+  at::Tensor gate_N;         ///< f32, how far each row takes the span; what budgets act on
   at::Tensor scores_NC;  ///< f32, probabilities of the ways; column 0 (no experts): take the span
+  at::Tensor choice_NE;  ///< f32, probabilities of `choices` if scores_NC are of other ways
   at::Tensor penalty;    ///< f32 scalar: extra loss, summed over rows; undefined: none
   bool counterfactual = false;  ///< gate_N's gradient needs the way a row does not take
   bool key_gradient = false;    ///< … and what its key would change for later rows
   bool soft = false;            ///< training on both ways at once, weights gate_N and 1 − gate_N
   bool soft_keys = false;       ///< … and each key's attention scaled by its row's gate
 
-  std::vector<int64_t> choices;  ///< rows that chose each expert, before capacity
+  std::vector<int64_t> choices;  ///< rows that chose each expert (or depth), before capacity
   int64_t causal_agreed = -1;    ///< rows on which the causal rule agrees; -1: the rule is causal
 
   bool decided() const { return num_rows >= 0; }
   /// Whether the span runs on rows_R only: in soft training it runs on all.
   bool narrows() const { return decided() && !all_routed && !soft; }
   int64_t NumRouted() const { return all_routed ? num_rows : rows_R.size(0); }
+  at::Tensor RoutedRows() const;  ///< i32, also where rows_R is undefined
 };
 
 /// The decisions of one layer. Rows of `mixer` and `ffn` count among those that `layer` let in.

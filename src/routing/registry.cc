@@ -14,6 +14,7 @@
 #include "routing/gate.h"
 #include "routing/mod.h"
 #include "routing/moe.h"
+#include "routing/recursion.h"
 #include "routing/skip.h"
 
 namespace detour::routing {
@@ -63,6 +64,14 @@ const Method kMethods[] = {
      MoeOptions,
      CheckMoe,
      MakeMoe},
+    {"recursion",
+     "a stack of layers run several times, each token as often as it needs (arXiv 2507.10524)",
+     "middle",
+     {Site::kLayer},
+     RecursionOptions,
+     CheckRecursion,
+     MakeRecursion,
+     RecursionWeightsLayer},
     {"skip",
      "attention and MLP skipped by a gate each (SkipGPT)",
      "all",
@@ -103,6 +112,8 @@ std::vector<int32_t> LayoutLayers(const std::string& layout, int32_t num_layers)
     add_if([](int32_t) { return true; });
   } else if (layout == "all_but_two") {
     add_if([](int32_t l) { return l >= 2; });
+  } else if (layout == "middle") {
+    add_if([&](int32_t l) { return l >= 1 && l <= num_layers - 2; });
   } else {
     const char* p = layout.data();
     const char* const end = p + layout.size();
@@ -111,12 +122,11 @@ std::vector<int32_t> LayoutLayers(const std::string& layout, int32_t num_layers)
       const auto [next, error] = std::from_chars(p, end, l);
       if (error != std::errc() || l < 0 || l >= num_layers ||
           (!layers.empty() && l <= layers.back()) || (next != end && *next != ',')) {
-        Fail(
-            "config.layout",
-            "expected bilayer, bilayer_dense_ends, trilayer, all, all_but_two, or ascending layers "
-            "below {} "
-            "such as 1,3,5; got \"{}\"",
-            num_layers, layout);
+        Fail("config.layout",
+             "expected bilayer, bilayer_dense_ends, trilayer, all, all_but_two, middle, or "
+             "ascending "
+             "layers below {} such as 1,3,5; got \"{}\"",
+             num_layers, layout);
       }
       layers.push_back(l);
       if (next == end) break;

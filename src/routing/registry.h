@@ -21,6 +21,8 @@ struct Method {
   /// The routers of layer `layer`, weights allocated and not yet initialised.
   std::vector<std::unique_ptr<Router>> (*make)(const RoutingConfig& config, const Shape& shape,
                                                int32_t layer);
+  /// The layer whose attention, MLP and norms a layer of the method uses; null: its own.
+  int32_t (*weights_layer)(const RoutingConfig& config, int32_t layer) = nullptr;
 };
 
 /// All methods but "dense", which is the absence of one.
@@ -29,8 +31,8 @@ std::span<const Method> Methods();
 const Method& FindMethod(const std::string& name);
 
 /// Routed layers of a layout name for L layers: "bilayer" 1,3,…,L−1 · "bilayer_dense_ends"
-/// 2,4,…,L−2 · "trilayer" all but 0,3,6,… · "all" · "all_but_two" 2,3,…,L−1 · or a list "1,3,5".
-/// Error("config.layout") otherwise.
+/// 2,4,…,L−2 · "trilayer" all but 0,3,6,… · "all" · "all_but_two" 2,3,…,L−1 · "middle" 1,2,…,L−2 ·
+/// or a list "1,3,5". Error("config.layout") otherwise.
 std::vector<int32_t> LayoutLayers(const std::string& layout, int32_t num_layers);
 
 /// One `routing` object of a config.json -> method, layers, resolved options. Error("config") that

@@ -49,6 +49,9 @@ struct DecideArgs {
   /// Take the rows of this plan, with fresh scores and gradients: activation checkpointing and
   /// accumulated batches never decide twice.
   const Plan* replay = nullptr;
+  /// Plans of all layers, of which those below `layer` are made. Rows of their layer spans are the
+  /// span's own at Site::kLayer. Null: there is nobody to follow.
+  const std::vector<LayerPlans>* made = nullptr;
 };
 
 using TensorVisitor = std::function<void(const std::string& name, at::Tensor& tensor)>;
@@ -75,6 +78,8 @@ class Router {
   /// Token counts of the training text, for deciders that read a token's frequency.
   virtual void SetFrequencies(const std::vector<int64_t>&) {}
 
+  /// The share of rows it is meant to let in when serving, in a model whose gates let in `share`.
+  virtual double ServingShare(double share) const { return share; }
   /// Operations per row when serving, multiply-adds as 2 FLOP.
   virtual int64_t FlopsPerRow() const { return 0; }
   /// How rows choose their keys, if they do.

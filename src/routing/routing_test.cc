@@ -23,6 +23,8 @@ TEST(LayoutLayers, Names) {
   EXPECT_EQ(LayoutLayers("bilayer_dense_ends", 7), (Layers{2, 4}));
   EXPECT_EQ(LayoutLayers("trilayer", 7), (Layers{1, 2, 4, 5}));
   EXPECT_EQ(LayoutLayers("all", 3), (Layers{0, 1, 2}));
+  EXPECT_EQ(LayoutLayers("middle", 5), (Layers{1, 2, 3}));
+  EXPECT_EQ(LayoutLayers("middle", 2), Layers{});
   EXPECT_EQ(LayoutLayers("bilayer", 1), Layers{});
 }
 
@@ -175,6 +177,155 @@ TEST(Plan, RoutedSegmentsAndPositions) {
   SetRows(std::vector<uint8_t>(9, 0), &none);
   EXPECT_TRUE(RoutedSegments(stream, none).empty());
   EXPECT_EQ(none.NumRouted(), 0);
+}
+
+/// The routers of a recursion over layers 1 to 6 (three recursions of two layers), on rows of width
+/// 2 that stay the same from layer to layer.
+class RecursionRouters {
+ public:
+  explicit RecursionRouters(Json options) {
+    options["method"] = "recursion";
+    config_ = ParseRouting(options, "test", 8);
+    for (int32_t l : config_.layers) {
+      routers_.push_back(
+          std::move(FindMethod("recursion").make(config_, {2, 50, 8, 1e-5}, l).front()));
+    }
+  }
+
+  /// Sets the weights of layer `l`'s router.
+  void SetWeights(int32_t l, const std::vector<float>& weights) {
+    const at::NoGradGuard no_grad;
+    routers_[l - 1]->ForEachTensor([&](const std::string& name, at::Tensor& t) {
+      if (name == "recursion_router.weight") t.copy_(at::tensor(weights).view(t.sizes()));
+    });
+  }
+
+  std::vector<LayerPlans> Decide(const at::Tensor& x_ND, const Stream& stream, Mode mode,
+                                 const std::vector<LayerPlans>* replay = nullptr) const {
+    std::vector<LayerPlans> plans(8);
+    for (int32_t l : config_.layers) {
+      plans[l].layer = routers_[l - 1]->Decide({x_ND, x_ND, stream},
+                                               {.mode = mode,
+                                                .layer = l,
+                                                .replay = replay ? &(*replay)[l].layer : nullptr,
+                                                .made = &plans});
+    }
+    return plans;
+  }
+
+  Router& router(int32_t l) { return *routers_[l - 1]; }
+
+ private:
+  RoutingConfig config_;
+  std::vector<std::unique_ptr<Router>> routers_;
+};
+
+std::vector<int32_t> Taken(const std::vector<LayerPlans>& plans, int32_t l) {
+  return Values(plans[l].layer.RoutedRows());
+}
+
+/// Two documents of six and three rows; column 0 is their order, column 1 the reverse.
+const Stream kTwoDocuments = Stream::FromSegments({{0, 0, 6, 0}, {0, 6, 9, 0}});
+at::Tensor RisingRows() {
+  at::Tensor x = at::empty({9, 2});
+  for (int64_t n = 0; n < 9; ++n) {
+    x[n][0] = 0.5 * (static_cast<double>(n) - 3.5);
+    x[n][1] = 0.5 * (3.5 - static_cast<double>(n));
+  }
+  return x;
+}
+
+TEST(Recursion, ExpertsChooseAmongThoseBefore) {
+  RecursionRouters routers(Json::object());
+  routers.SetWeights(1, {1, 0});
+  routers.SetWeights(3, {1, 0});
+  routers.SetWeights(5, {0, 1});  // likes what recursion 1 left out
+  const at::Tensor x = RisingRows();
+  const auto plans = routers.Decide(x, kTwoDocuments, Mode::kTrain);
+  for (const int32_t l : {1, 2}) {
+    EXPECT_EQ(Taken(plans, l), (Layers{0, 1, 2, 3, 4, 5, 6, 7, 8}));
+  }
+  for (const int32_t l : {3, 4}) EXPECT_EQ(Taken(plans, l), (Layers{2, 3, 4, 5, 7, 8}));
+  for (const int32_t l : {5, 6}) EXPECT_EQ(Taken(plans, l), (Layers{2, 3, 7}));
+  for (const int32_t l : {1, 3, 5}) {
+    ASSERT_EQ(plans[l].layer.deep.size(), 1u);
+    EXPECT_EQ(plans[l].layer.deep[0].num_layers, 2);
+    EXPECT_EQ(Values(plans[l].layer.deep[0].rows), Taken(plans, l));
+    EXPECT_TRUE(plans[l + 1].layer.deep.empty());
+    const at::Tensor g = 0.1 * at::sigmoid(x.select(1, l == 5 ? 1 : 0));
+    EXPECT_LT((plans[l].layer.span_weight_N - g).abs().max().item<double>(), 1e-7);
+  }
+  // Mean cross-entropy of the rows asked: six of them, of nine.
+  const at::Tensor z = x.select(1, 1).index_select(0, plans[3].layer.rows_R);
+  const at::Tensor y = at::tensor(std::vector<float>{1, 1, 0, 0, 1, 0});
+  EXPECT_NEAR(plans[5].layer.penalty.item<double>() / 9,
+              1e-3 * (at::softplus(z) - y * z).mean().item<double>(), 1e-9);
+  EXPECT_FALSE(plans[1].layer.penalty.defined());
+}
+
+TEST(Recursion, TheCausalRuleIsAlsoNested) {
+  RecursionRouters routers(Json::object());
+  routers.SetWeights(3, {1, 0});
+  routers.SetWeights(5, {0, 1});
+  const auto plans = routers.Decide(RisingRows(), kTwoDocuments, Mode::kInfer);
+  EXPECT_EQ(Taken(plans, 2), (Layers{0, 1, 2, 3, 4, 5, 6, 7, 8}));
+  EXPECT_EQ(Taken(plans, 4), (Layers{4, 5, 6, 7, 8}));
+  EXPECT_TRUE(Taken(plans, 6).empty());  // its score is positive on the others only
+  EXPECT_FALSE(routers.router(1).ShiftBias(0));
+  EXPECT_FALSE(routers.router(4).ShiftBias(0));
+  EXPECT_TRUE(routers.router(5).ShiftBias(1.1));
+  const auto shifted = routers.Decide(RisingRows(), kTwoDocuments, Mode::kInfer);
+  EXPECT_EQ(Taken(shifted, 6), (Layers{4, 5}));
+  EXPECT_DOUBLE_EQ(routers.router(4).ServingShare(0.1), 2.0 / 3);
+}
+
+TEST(Recursion, TokensChooseTheirDepth) {
+  RecursionRouters routers({{"choice", "token"}, {"z_loss_coeff", 0.5}});
+  // Logits 0, 2 x0, 2 x0 + x1 … of depth 1, 2, 3: negative rows 1, small ones 3, large ones 2.
+  routers.SetWeights(1, {0, 0, 2, 0, 1.5, -0.25});
+  at::Tensor x = RisingRows();
+  x.select(1, 1).fill_(-1);
+  for (const Mode mode : {Mode::kTrain, Mode::kInfer, Mode::kTeacherForced}) {
+    const auto plans = routers.Decide(x, kTwoDocuments, mode);
+    const at::Tensor logits =
+        at::stack({at::zeros({9}), 2 * x.select(1, 0), 1.5 * x.select(1, 0) + 0.25}, 1);
+    const at::Tensor depth = logits.argmax(1) + 1;
+    for (int32_t l = 1; l < 7; ++l) {
+      const at::Tensor rows = at::nonzero(depth > (l - 1) / 2).squeeze(1).to(at::kInt);
+      EXPECT_EQ(Taken(plans, l), Values(rows.contiguous())) << l;
+    }
+    const Plan& plan = plans[1].layer;
+    const at::Tensor p = at::softmax(logits, 1);
+    EXPECT_LT((plan.span_weight_N - std::get<0>(p.max(1))).abs().max().item<double>(), 1e-6);
+    ASSERT_EQ(plan.deep.size(), 3u);
+    EXPECT_EQ(plan.deep[2].num_layers, 6);
+    EXPECT_EQ(Values(plan.deep[0].rows), (Layers{0, 1, 2, 3}));
+    EXPECT_EQ(Values(plan.deep[2].rows), (Layers{4}));
+    EXPECT_EQ(plan.choices.size(), mode == Mode::kTrain ? 3u : 0u);
+    // A replay of parts of the rows.
+    std::vector<LayerPlans> part;
+    for (const LayerPlans& l : plans) part.push_back(SliceRows(l, 6, 9));
+    const at::Tensor tail = x.slice(0, 6, 9).contiguous();
+    const auto again = routers.Decide(tail, Rows(3), mode, &part);
+    EXPECT_EQ(Values(again[1].layer.deep[1].rows), Values(part[1].layer.deep[1].rows));
+    EXPECT_EQ(Taken(again, 5), Taken(part, 5));
+  }
+}
+
+TEST(Recursion, ControlsDrawADepth) {
+  for (const char* choice : {"expert", "token"}) {
+    RecursionRouters routers({{"choice", choice}, {"decider", "every_nth"}, {"alpha", 0.3}});
+    const auto plans = routers.Decide(at::zeros({9, 2}), Rows(9), Mode::kInfer);
+    EXPECT_EQ(Taken(plans, 2).size(), 9u);
+    EXPECT_EQ(Taken(plans, 4), (Layers{0, 1, 3, 4, 6, 7}));
+    EXPECT_EQ(Taken(plans, 6), (Layers{0, 3, 6}));
+    EXPECT_FLOAT_EQ(plans[1].layer.span_weight_N[0].item<float>(), 0.3f);
+    RecursionRouters random({{"choice", choice}, {"decider", "random"}});
+    const auto drawn = random.Decide(at::zeros({900, 2}), Rows(900), Mode::kInfer);
+    // Five standard deviations.
+    EXPECT_NEAR(std::ssize(Taken(drawn, 3)), 600, 5 * std::sqrt(900 * 2 / 9.0));
+    EXPECT_NEAR(std::ssize(Taken(drawn, 5)), 300, 5 * std::sqrt(900 * 2 / 9.0));
+  }
 }
 
 }  // namespace

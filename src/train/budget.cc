@@ -144,14 +144,15 @@ Budgets::Loss Budgets::Of(const Taken& taken, const BatchStatistics& statistics,
     for (const Member& m : members_[i]) {
       const Plan& plan = PlanOfRouter(taken, m.router);
       if (plan.penalty.defined()) AddTo(&result.loss, plan.penalty / num_rows);
-      if (budget == "experts" && plan.scores_NC.requires_grad()) {
+      const at::Tensor& probs_NE = plan.choice_NE.defined() ? plan.choice_NE : plan.scores_NC;
+      if (budget == "experts" && probs_NE.requires_grad()) {
         const RouterStatistics& s = statistics.routers[m.router];
         double all = 0;
         for (int64_t n : s.choices) all += static_cast<double>(n);
-        at::Tensor f = at::zeros({plan.scores_NC.size(1)});
+        at::Tensor f = at::zeros({probs_NE.size(1)});
         for (size_t e = 0; e < s.choices.size(); ++e) f[e] = s.choices[e] / std::max(all, 1.0);
         add(weights[i], static_cast<double>(s.choices.size()) / num_rows,
-            (plan.scores_NC.sum(0) * f).sum(), 0);
+            (probs_NE.sum(0) * f).sum(), 0);
       }
       if (!plan.gate_N.defined()) continue;
       const double share_of_rows = static_cast<double>(plan.num_rows) / sum_rows;

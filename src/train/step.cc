@@ -151,7 +151,8 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
       for (size_t r = 0; r < differences->size(); ++r) {
         const model::RouterId& id = budgets.routers()[r];
         const Plan& plan = *PlanOf(taken[id.layer], id.site).plan;
-        const bool learns = plan.gate_N.defined() || plan.weight_N.defined();
+        const bool learns =
+            plan.gate_N.defined() || plan.weight_N.defined() || plan.span_weight_N.defined();
         if (learns && plan.experts.empty()) AppendDifferences(plan, &(*differences)[r]);
       }
     }
@@ -179,8 +180,8 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
   for (size_t r = 0; r < routers.size(); ++r) {
     routing::Router& router = *model.layers[routers[r].layer].router(routers[r].site);
     if (control && !differences[r].empty()) {
-      router.ShiftBias(
-          routing::ControllerShift(differences[r], options.target_share, options.controller_rate));
+      router.ShiftBias(routing::ControllerShift(
+          differences[r], options.target_share * router.ServingShare(1), options.controller_rate));
     }
     router.Balance(result.statistics.routers[r].choices);
   }
@@ -199,7 +200,7 @@ void SettleShares(model::Model& model, const std::vector<Batch>& batches, double
       Forward(model, batch.ids_N, batch.stream, {.plans = &plans, .num_layers = id.layer + 1});
       AppendDifferences(*PlanOf(plans[id.layer], id.site).plan, &differences);
     }
-    router.ShiftBias(routing::QuantileShift(differences, target_share));
+    router.ShiftBias(routing::QuantileShift(differences, target_share * router.ServingShare(1)));
   }
 }
 
