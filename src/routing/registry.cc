@@ -47,7 +47,8 @@ const Method kMethods[] = {
      {Site::kLayer},
      EarlyExitOptions,
      nullptr,
-     MakeEarlyExit},
+     MakeEarlyExit,
+     ExitWeights},
     {"moe",
      "each token takes the MLPs of a few experts (Switch, Mixtral)",
      "all",
@@ -103,12 +104,10 @@ std::vector<int32_t> LayoutLayers(const std::string& layout, int32_t num_layers)
       const auto [next, error] = std::from_chars(p, end, l);
       if (error != std::errc() || l < 0 || l >= num_layers ||
           (!layers.empty() && l <= layers.back()) || (next != end && *next != ',')) {
-        Fail(
-            "config.layout",
-            "expected bilayer, bilayer_dense_ends, trilayer, all, all_but_two, or ascending layers "
-            "below {} "
-            "such as 1,3,5; got \"{}\"",
-            num_layers, layout);
+        Fail("config.layout",
+             "expected bilayer, bilayer_dense_ends, trilayer, all, all_but_two, or ascending "
+             "layers below {} such as 1,3,5; got \"{}\"",
+             num_layers, layout);
       }
       layers.push_back(l);
       if (next == end) break;

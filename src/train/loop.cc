@@ -18,7 +18,7 @@
 #include "report/metrics.h"
 #include "report/status.h"
 #include "report/table.h"
-#include "routing/early_exit.h"
+#include "routing/registry.h"
 #include "train/schedule.h"
 #include "train/step.h"
 
@@ -205,8 +205,8 @@ std::vector<double> Run::WeightsAt(int64_t step) const {
 /// Loss weights of every layer's state, of a model that trains its exits.
 std::vector<double> Run::ExitWeightsAt(int64_t step) const {
   for (const routing::RoutingConfig& r : model_.config.routing) {
-    if (r.method == "early_exit") {
-      return routing::ExitWeights(r, model_.config.num_layers, step, total_steps_);
+    if (const auto weights = routing::FindMethod(r.method).exit_weights) {
+      return weights(r, model_.config.num_layers, step, total_steps_);
     }
   }
   return {};
