@@ -165,7 +165,10 @@ at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::S
   const bool exits = options.exit.kind != ExitRule::Kind::kNone;
   ExitState exit(stream.num_rows());
   for (int32_t l = 0; l < num_layers; ++l) {
-    const auto run = exits ? RunExited : options.checkpoint ? RunCheckpointed : RunOne;
+    // Autograd records no function of inputs without gradient: below the first layer that learns
+    // there is nothing to recompute, and that layer itself keeps what it needs.
+    const bool recompute = options.checkpoint && x_ND.requires_grad();
+    const auto run = exits ? RunExited : recompute ? RunCheckpointed : RunOne;
     if (exits) plans[l] = exit.Plans();
     const at::Tensor before = x_ND;
     x_ND = run(model, l, x_ND, with_ids, options, &plans[l]);
