@@ -23,6 +23,11 @@ RUNS = {
     "dllm": ["--method", "dllm", "--routing", "hidden=16", "--schedule", "aux_loss_coeff: 0->5 sine"],
     "moe_bias": ["--method", "moe", "--routing", "experts=4", "--routing", "bias_rate=0.01", "--routing", "jitter=0.01"],
     "skip": ["--method", "skip", "--schedule", "temperature: 5->1 linear", "--schedule", "target_share: 1->0.4 linear"],
+    "dtrnet_router": ["--target-share", 0.3, "--train", "router"],
+    "dllm_lora": ["--method", "dllm", "--routing", "hidden=16", "--train", "router+lora", "--lora-rank", 4,
+                  "--lr", 0.01],
+    "dllm_lora_recompute": ["--method", "dllm", "--routing", "hidden=16", "--train", "router+lora", "--lora-rank", 4,
+                            "--lr", 0.01, "--activation-checkpointing"],
     "early_exit": ["--method", "early_exit", "--routing", "max_dropout=0.5"],
 }
 
@@ -71,9 +76,10 @@ def test_a_config_kept_in_the_checkpoint(world, uninterrupted):
     assert state["config"]["max_steps"] == STEPS
 
 
-def test_activation_checkpointing_changes_no_bit(uninterrupted):
-    assert weights(uninterrupted("dtrnet")) == weights(uninterrupted("dtrnet_recompute"))
-    assert records(uninterrupted("dtrnet")) == records(uninterrupted("dtrnet_recompute"))
+@pytest.mark.parametrize("kind", ["dtrnet", "dllm_lora"])
+def test_activation_checkpointing_changes_no_bit(uninterrupted, kind):
+    assert weights(uninterrupted(kind)) == weights(uninterrupted(f"{kind}_recompute"))
+    assert records(uninterrupted(kind)) == records(uninterrupted(f"{kind}_recompute"))
 
 
 def test_saving_and_validating_more_often_changes_no_bit(world, uninterrupted, tmp_path):
