@@ -6,7 +6,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from robust_fixtures import CONTEXT, error_line, ok, run, world  # noqa: F401
+from robust_fixtures import (CONTEXT, error_line, ok, records, run, start, wait_for_step, weights,  # noqa: F401
+                             world)
 
 TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
            "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -165,6 +166,22 @@ def test_resume_trains_the_same(world, dense, tmp_path, flags, says):
     train = flags if not flags or "--train" in flags else ["--train", "router+lora", *flags]
     result = run(*world.train_args(tmp_path, "--init-from", dense, *DLLM, "--max-steps", 9, "--resume", "auto", *train))
     assert result.stderr == error_line(result, says) + "\n"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_killed_and_resumed_is_the_run_that_never_stopped(world, dense, tmp_path, threads):
+    args = ["--init-from", dense, *DLLM, "--train", "router+lora", "--max-steps", 30, "--save-every", 4, "--lr", 0.01,
+            "--threads", threads]
+    ok(*world.train_args(tmp_path / "whole", *args))
+    stopped = world.train_args(tmp_path / "killed", *args, "--resume", "auto")
+    process = start(stopped)
+    wait_for_step(process, tmp_path / "killed", 11)
+    process.kill()
+    process.communicate()
+    assert "resuming" in ok(*stopped).stderr
+    assert len(weights(tmp_path / "killed")) == 3
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
 
 
 def test_damaged_adapters(world, dense, tmp_path):
