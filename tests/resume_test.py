@@ -27,6 +27,11 @@ RUNS = {
                   "--global-batch-size", 4],
     "recursion_token": ["--method", "recursion", "--layout", "1,2", "--routing", "recursions=2", "--routing",
                         "choice=token", "--activation-checkpointing"],
+    "dtrnet_router": ["--target-share", 0.3, "--train", "router"],
+    "dllm_lora": ["--method", "dllm", "--routing", "hidden=16", "--train", "router+lora", "--lora-rank", 4,
+                  "--lr", 0.01],
+    "dllm_lora_recompute": ["--method", "dllm", "--routing", "hidden=16", "--train", "router+lora", "--lora-rank", 4,
+                            "--lr", 0.01, "--activation-checkpointing"],
     "early_exit": ["--method", "early_exit", "--routing", "max_dropout=0.5"],
 }
 
@@ -75,9 +80,10 @@ def test_a_config_kept_in_the_checkpoint(world, uninterrupted):
     assert state["config"]["max_steps"] == STEPS
 
 
-def test_activation_checkpointing_changes_no_bit(uninterrupted):
-    assert weights(uninterrupted("dtrnet")) == weights(uninterrupted("dtrnet_recompute"))
-    assert records(uninterrupted("dtrnet")) == records(uninterrupted("dtrnet_recompute"))
+@pytest.mark.parametrize("kind", ["dtrnet", "dllm_lora"])
+def test_activation_checkpointing_changes_no_bit(uninterrupted, kind):
+    assert weights(uninterrupted(kind)) == weights(uninterrupted(f"{kind}_recompute"))
+    assert records(uninterrupted(kind)) == records(uninterrupted(f"{kind}_recompute"))
 
 
 def test_saving_and_validating_more_often_changes_no_bit(world, uninterrupted, tmp_path):

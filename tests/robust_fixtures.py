@@ -105,7 +105,8 @@ def records(out):
 
 def weights(out):
     """The bytes that a continued run must share with one that never stopped."""
-    return [(out / "latest" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
+    files = [out / "latest" / name for name in ("model.safetensors", "optimizer.safetensors", "lora.safetensors")]
+    return [file.read_bytes() for file in files if file.exists() or file.stem != "lora"]
 
 
 def checkpoints(out):

@@ -25,7 +25,7 @@ ALLOWED = {
     "convert": ["core", "kernels", "io", "data", "routing", "model"],
     "eval": ["core", "data", "report", "ops", "routing/plan.h", "model"],
     "train": ["core", "data", "io", "report", "ops", "routing/router.h", "routing/registry.h",
-              "routing/plan.h", "routing/controller.h", "routing/early_exit.h", "model", "eval"],
+              "routing/plan.h", "routing/controller.h", "model", "eval"],
     "infer": ["core", "data", "report", "ops", "routing/router.h", "model"],
     "cli": ["core", "kernels", "io", "data", "report", "ops", "routing", "model", "convert", "eval", "train", "infer"],
 }

@@ -24,7 +24,8 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
   sub.add_option("--data", c.data_dir, "Directory made by detour prepare")->required();
   sub.add_option("--out-dir", c.out_dir, "Checkpoints, metrics.jsonl")->required();
   sub.add_option("--model-config", c.model_config, "config.json of a new model");
-  sub.add_option("--init-from", c.init_from, "Model directory to start from instead");
+  sub.add_option("--init-from", c.init_from,
+                 "Model directory to start from instead; a dense one gets new routers of --method");
   sub.add_option("--tokenizer", c.tokenizer_dir,
                  "Tokenizer to store in checkpoints (default: the one beside the data)");
   sub.add_option("--method", c.method,
@@ -36,6 +37,16 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
   sub.add_option("--routing", c.routing,
                  "KEY=VALUE or METHOD.KEY=VALUE: an option of the method (docs/routing.md)")
       ->allow_extra_args(false);
+  sub.add_option("--train", c.train,
+                 "What is trained: all, router, lora (low-rank adapters beside frozen matrices) or "
+                 "router+lora")
+      ->capture_default_str();
+  sub.add_option("--lora-rank", c.lora.rank, "Rank r of the adapters")->capture_default_str();
+  sub.add_option("--lora-alpha", c.lora.alpha, "Adapters are scaled with alpha / rank")
+      ->capture_default_str();
+  sub.add_option("--lora-targets", c.lora.targets,
+                 "Matrices with an adapter: some of q, k, v, o, gate, up, down")
+      ->capture_default_str();
   sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the method's budget")
       ->check(Number(0));
   sub.add_option("--schedule", c.schedules,
@@ -136,6 +147,7 @@ void Train(const Options& options) {
                report::FormatCount(static_cast<double>(model::ParameterCount(m))),
                report::FormatCount(static_cast<double>(model::RouterParameterCount(m))),
                MethodName(m), train::TotalSteps(c), c.global_batch_size * c.seq_len);
+    if (c.train != "all") fmt::print("trains: {}; the rest is frozen\n", c.train);
     return;
   }
   InstallStopHandler();
@@ -171,7 +183,9 @@ void AddTrainCommand(CLI::App& app) {
   sub->add_flag("--dry-run", options->dry_run, "Check the configuration, say what would run, stop");
   sub->footer(
       "Example:\n  detour train --data data/sotu --model-config configs/demo.json --method dtrnet "
-      "--target-share 0.15 --max-steps 600 --out-dir out/dtrnet");
+      "--target-share 0.15 --max-steps 600 --out-dir out/dtrnet\n"
+      "  detour train --data data/sotu --init-from out/dense/latest --method dllm "
+      "--train router+lora --lora-rank 8 --max-steps 300 --out-dir out/dllm-lora");
   sub->callback([options] { Train(*options); });
 }
 

@@ -14,8 +14,8 @@
 #include "core/op_counter.h"
 #include "core/rng.h"
 #include "core/threads.h"
-#include "infer/ragged_cache.h"
 #include "infer/score.h"
+#include "infer/sequence.h"
 #include "kernels/reference.h"
 #include "model/cost.h"
 #include "report/table.h"
@@ -264,14 +264,6 @@ void AddBatchRungs(const model::Model& model, const Sequences& sequences, const 
   ladder->Add("", "reversed order = ragged batch", reversed);
 }
 
-at::Tensor Feed(const model::Model& model, const infer::RaggedCache& cache, int32_t sequence,
-                const std::vector<int32_t>& ids, int64_t first_position) {
-  const auto stream = routing::Stream::FromSegments(
-      {{sequence, 0, std::ssize(ids), static_cast<int32_t>(first_position)}});
-  return Logits(model,
-                Forward(model, at::tensor(ids, at::kInt), stream, {.caches = &cache.stores()}));
-}
-
 /// Feeds each sequence up to its middle, then other tokens, takes those back, feeds the true ones.
 void AddTruncateRung(const model::Model& model, const Sequences& sequences, const Scores& full,
                      Ladder* ladder) {
@@ -279,14 +271,15 @@ void AddTruncateRung(const model::Model& model, const Sequences& sequences, cons
   infer::RaggedCache cache(model.config);
   Comparison c;
   for (size_t b = 0; b < sequences.size(); ++b) {
-    const std::vector<int32_t>& ids = sequences[b];
+    const std::span<const int32_t> ids = sequences[b];
     const auto sequence = static_cast<int32_t>(b);
     const int64_t half = std::ssize(ids) / 2;
-    if (half > 0) Feed(model, cache, sequence, {ids.begin(), ids.begin() + half}, 0);
-    const std::vector<int32_t> rest(ids.begin() + half, ids.end());
-    Feed(model, cache, sequence, {rest.rbegin(), rest.rend()}, half);
+    if (half > 0) Feed(model, cache, sequence, ids.first(half), 0);
+    const std::span<const int32_t> rest = ids.subspan(half);
+    const std::vector<int32_t> others(rest.rbegin(), rest.rend());
+    Feed(model, cache, sequence, others, half);
     cache.Truncate(sequence, half);
-    const at::Tensor logits = Feed(model, cache, sequence, rest, half);
+    const at::Tensor logits = Logits(model, Feed(model, cache, sequence, rest, half));
     c.AddValues({ops::F32(logits), static_cast<size_t>(logits.numel())},
                 std::span(full.logits[b]).subspan(half * model.config.vocab_size));
   }

@@ -13,6 +13,7 @@
 #include "infer/generate.h"
 #include "infer/ragged_cache.h"
 #include "infer/score.h"
+#include "infer/sequence.h"
 #include "infer/speculate.h"
 #include "model/cost.h"
 #include "routing/early_exit.h"
@@ -314,10 +315,7 @@ TEST_P(Conformance, TruncatedCacheIsAsIfNeverSeen) {
   const std::vector<int32_t> ids = RandomIds(50, 1), wrong = RandomIds(30, 2);
   const auto feed = [&](RaggedCache& cache, const std::vector<int32_t>& tokens, int64_t from,
                         int64_t to) {
-    const std::vector<int32_t> part(tokens.begin(), tokens.begin() + (to - from));
-    const auto stream =
-        routing::Stream::FromSegments({{0, 0, to - from, static_cast<int32_t>(from)}});
-    return Logits(m, Forward(m, at::tensor(part, at::kInt), stream, {.caches = &cache.stores()}));
+    return Logits(m, Feed(m, cache, 0, std::span(tokens).first(to - from), from));
   };
   for (const int64_t keep : {1, 16, 20}) {
     RaggedCache straight(m.config), back(m.config);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "infer/sequence.h"
 #include "ops/rows.h"
 #include "report/status.h"
 
@@ -150,23 +151,16 @@ class Generator {
 
   /// Samples the next token; returns why the request ended, or "".
   std::string AddToken(Active& a, std::span<const float> logits) {
-    RequestResult& result = results_[a.index];
-    if (requests_[a.index].max_tokens <= 0) return "length";
+    const int64_t max_tokens = requests_[a.index].max_tokens;
+    if (max_tokens <= 0) return "length";  // and no token is drawn
     const int32_t token =
         Sample(logits, a.tokens, options_.sampling, static_cast<uint32_t>(a.index),
                static_cast<uint32_t>(a.tokens.size()));
     ++stats_->new_tokens;
-    if (token == options_.eos_id) return "eos";
-    a.tokens.push_back(token);
-    result.tokens.push_back(token);
-    if (on_token_ && !on_token_(a.index, token)) return "stopped";
-    if (static_cast<int64_t>(result.tokens.size()) >= requests_[a.index].max_tokens) {
-      return "length";
-    }
-    if (static_cast<int64_t>(a.tokens.size()) >= model_.config.max_position_embeddings) {
-      return "context";
-    }
-    return "";
+    const AnswerLimits limits{max_tokens, model_.config.max_position_embeddings, options_.eos_id};
+    std::function<bool(int32_t)> on_token;
+    if (on_token_) on_token = [&](int32_t id) { return on_token_(a.index, id); };
+    return AppendToken(token, limits, on_token, &a.tokens, &results_[a.index].tokens);
   }
 
   const model::Model& model_;

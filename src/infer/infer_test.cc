@@ -11,6 +11,7 @@
 #include "infer/ragged_cache.h"
 #include "infer/sampler.h"
 #include "infer/score.h"
+#include "infer/sequence.h"
 #include "io/safetensors.h"
 #include "report/memory.h"
 
@@ -239,14 +240,6 @@ TEST_P(GoldenModes, FullIncrementalChunkedAreTheSameBits) {
   }
 }
 
-at::Tensor Feed(const model::Model& model, const RaggedCache& cache, int32_t sequence,
-                const std::vector<int32_t>& ids, int64_t first_position) {
-  const auto stream = routing::Stream::FromSegments(
-      {{sequence, 0, std::ssize(ids), static_cast<int32_t>(first_position)}});
-  return Logits(model,
-                Forward(model, at::tensor(ids, at::kInt), stream, {.caches = &cache.stores()}));
-}
-
 TEST_P(GoldenModes, TruncateIsAsIfNeverSeen) {
   const at::NoGradGuard no_grad;
   const model::Model model = model::LoadModel(kGolden + GetParam());
@@ -263,8 +256,8 @@ TEST_P(GoldenModes, TruncateIsAsIfNeverSeen) {
     }
     Feed(model, back, 0, wrong, keep);
     back.Truncate(0, keep);
-    const at::Tensor a = Feed(model, straight, 0, tail, keep);
-    const at::Tensor b = Feed(model, back, 0, tail, keep);
+    const at::Tensor a = Logits(model, Feed(model, straight, 0, tail, keep));
+    const at::Tensor b = Logits(model, Feed(model, back, 0, tail, keep));
     EXPECT_EQ(memcmp(a.data_ptr(), b.data_ptr(), a.numel() * sizeof(float)), 0) << keep;
     EXPECT_EQ(back.bytes(), straight.bytes());
   }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "infer/ragged_cache.h"
+#include "infer/sequence.h"
 #include "report/status.h"
 
 namespace detour::infer {
@@ -13,17 +13,6 @@ namespace detour::infer {
 namespace {
 
 constexpr int64_t kChunk = 512;
-
-/// Feeds tokens [begin, end) of one sequence.
-void Feed(const model::Model& model, RaggedCache& cache, std::span<const int32_t> tokens,
-          int64_t begin, int64_t end) {
-  const std::vector<int32_t> ids(tokens.begin() + begin, tokens.begin() + end);
-  const routing::Stream stream =
-      routing::Stream::FromSegments({{0, 0, end - begin, static_cast<int32_t>(begin)}});
-  const at::Tensor h =
-      Forward(model, at::tensor(ids, at::kInt), stream, {.caches = &cache.stores()});
-  if (end - begin == 1) Logits(model, h);
-}
 
 }  // namespace
 
@@ -45,7 +34,8 @@ std::vector<std::vector<LengthFigures>> MeasureLengths(
     for (size_t m = 0; m < models.size(); ++m) {
       const double start = report::MonotonicSeconds();
       for (int64_t begin = done; begin < length; begin += kChunk) {
-        Feed(*models[m], *caches[m], tokens, begin, std::min(begin + kChunk, length));
+        Feed(*models[m], *caches[m], 0, tokens.subspan(begin, std::min(kChunk, length - begin)),
+             begin);
       }
       prefill_seconds[m] += report::MonotonicSeconds() - start;
       figures[m].push_back({length, caches[m]->bytes(), prefill_seconds[m], 0});
@@ -56,7 +46,7 @@ std::vector<std::vector<LengthFigures>> MeasureLengths(
       for (size_t m = 0; m < models.size(); ++m) {
         const double start = report::MonotonicSeconds();
         for (int64_t t = length; t < length + decode_tokens; ++t) {
-          Feed(*models[m], *caches[m], tokens, t, t + 1);
+          Logits(*models[m], Feed(*models[m], *caches[m], 0, tokens.subspan(t, 1), t));
         }
         rates[m].push_back(static_cast<double>(decode_tokens) /
                            (report::MonotonicSeconds() - start));

@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "infer/ragged_cache.h"
 #include "infer/sampler.h"
+#include "infer/sequence.h"
 #include "report/status.h"
 
 namespace detour::infer {
@@ -24,14 +24,17 @@ class Speculator {
     const double start = report::MonotonicSeconds();
     const auto length = static_cast<int64_t>(prompt.size());
     for (int64_t begin = 0; begin < length - 1; begin += options_.prefill_chunk) {
-      Feed(tokens_, begin, std::min(begin + options_.prefill_chunk, length - 1), -1);
+      const int64_t n = std::min(options_.prefill_chunk, length - 1 - begin);
+      Feed(model_, cache_, 0, std::span(tokens_).subspan(begin, n), begin);
     }
     const double decode_start = report::MonotonicSeconds();
     stats_->prefill_seconds += decode_start - start;
+    const AnswerLimits limits{options_.max_tokens, model_.config.max_position_embeddings,
+                              options_.eos_id};
     SpeculateResult result;
     while (result.finish_reason.empty()) {
       for (int32_t token : Round()) {
-        result.finish_reason = Add(token, on_token, length, &result);
+        result.finish_reason = AppendToken(token, limits, on_token, &tokens_, &result.tokens);
         if (!result.finish_reason.empty()) break;
       }
     }
@@ -42,13 +45,10 @@ class Speculator {
 
  private:
   /// Logits of tokens [begin, end), through the first `num_layers` layers (-1: all).
-  at::Tensor Feed(const std::vector<int32_t>& tokens, int64_t begin, int64_t end,
-                  int32_t num_layers) {
-    const std::vector<int32_t> part(tokens.begin() + begin, tokens.begin() + end);
-    const auto stream =
-        routing::Stream::FromSegments({{0, 0, end - begin, static_cast<int32_t>(begin)}});
-    return Logits(model_, Forward(model_, at::tensor(part, at::kInt), stream,
-                                  {.caches = &cache_.stores(), .num_layers = num_layers}));
+  at::Tensor LogitsOf(std::span<const int32_t> tokens, int64_t begin, int64_t end,
+                      int32_t num_layers) {
+    return Logits(model_,
+                  Feed(model_, cache_, 0, tokens.subspan(begin, end - begin), begin, num_layers));
   }
 
   static int32_t Likeliest(const at::Tensor& logits, int64_t row) {
@@ -63,11 +63,11 @@ class Speculator {
     std::vector<int32_t> drafted = tokens_;
     for (int64_t i = 0; i < std::min(options_.draft_tokens, room); ++i) {
       const auto end = static_cast<int64_t>(drafted.size());
-      drafted.push_back(Likeliest(Feed(drafted, end - 1, end, options_.draft_layers), 0));
+      drafted.push_back(Likeliest(LogitsOf(drafted, end - 1, end, options_.draft_layers), 0));
     }
     cache_.Truncate(0, n - 1);
     const auto end = static_cast<int64_t>(drafted.size());
-    const at::Tensor logits = Feed(drafted, n - 1, end, -1);
+    const at::Tensor logits = LogitsOf(drafted, n - 1, end, -1);
     std::vector<int32_t> next;
     for (int64_t row = 0; row < end - n + 1; ++row) {
       next.push_back(Likeliest(logits, row));
@@ -78,19 +78,6 @@ class Speculator {
     stats_->accepted += std::ssize(next) - 1;
     cache_.Truncate(0, n - 1 + std::ssize(next));
     return next;
-  }
-
-  /// Appends a token of the answer; why the answer ended, or "".
-  std::string Add(int32_t token, const std::function<bool(int32_t)>& on_token,
-                  int64_t prompt_length, SpeculateResult* result) {
-    if (options_.max_tokens <= 0) return "length";
-    if (token == options_.eos_id) return "eos";
-    tokens_.push_back(token);
-    result->tokens.push_back(token);
-    if (on_token && !on_token(token)) return "stopped";
-    const auto length = static_cast<int64_t>(tokens_.size());
-    if (length - prompt_length >= options_.max_tokens) return "length";
-    return length >= model_.config.max_position_embeddings ? "context" : "";
   }
 
   const model::Model& model_;

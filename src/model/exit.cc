@@ -9,6 +9,7 @@
 #include "core/json.h"
 #include "model/model.h"
 #include "ops/rows.h"
+#include "routing/registry.h"
 
 namespace detour::model {
 
@@ -22,9 +23,12 @@ ExitRule::Kind ParseExitKind(const std::string& name) {
 void CheckExit(const Model& model, const ExitRule& rule) {
   if (rule.kind == ExitRule::Kind::kNone) return;
   for (const routing::RoutingConfig& r : model.config.routing) {
-    if (r.method != "early_exit") {
-      Fail("flag.exit", "--exit: expected a dense or early_exit model, got method {}", r.method);
+    if (routing::FindMethod(r.method).exit_weights) continue;
+    std::string names = "dense";
+    for (const routing::Method& m : routing::Methods()) {
+      if (m.exit_weights) names += fmt::format(" or {}", m.name);
     }
+    Fail("flag.exit", "--exit: expected a {} model, got method {}", names, r.method);
   }
 }
 

@@ -160,6 +160,18 @@ Model AllocateModel(const ModelConfig& c) {
   return m;
 }
 
+void DrawNormal(uint64_t seed, const std::string& name, double sigma, at::Tensor& t) {
+  // FNV-1a of the name: a tensor's values do not depend on which others the model has.
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const unsigned char ch : name) hash = (hash ^ ch) * 0x100000001b3;
+  const Rng rng(seed, RngPurpose::kInit, static_cast<uint32_t>(hash),
+                static_cast<uint32_t>(hash >> 32));
+  float* data = ops::F32(t);
+  ParallelFor(0, t.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) data[i] = static_cast<float>(sigma * rng.Normal(i));
+  });
+}
+
 void InitializeWeights(Model& model, uint64_t seed) {
   const double sigma = model.config.initializer_range;
   ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
@@ -168,15 +180,7 @@ void InitializeWeights(Model& model, uint64_t seed) {
       t.fill_(name.find("norm") != std::string::npos ? 1.0 : 0.0);
       return;
     }
-    // FNV-1a of the name: a tensor's values do not depend on which others the model has.
-    uint64_t hash = 0xcbf29ce484222325;
-    for (const unsigned char ch : name) hash = (hash ^ ch) * 0x100000001b3;
-    const Rng rng(seed, RngPurpose::kInit, static_cast<uint32_t>(hash),
-                  static_cast<uint32_t>(hash >> 32));
-    float* data = ops::F32(t);
-    ParallelFor(0, t.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) data[i] = static_cast<float>(sigma * rng.Normal(i));
-    });
+    DrawNormal(seed, name, sigma, t);
   });
   for (LayerWeights& layer : model.layers) {
     for (const auto& router : layer.routers) {

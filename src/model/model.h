@@ -69,6 +69,8 @@ Model AllocateModel(const ModelConfig& config);
 /// Matrices N(0, initializer_range), norms 1, biases 0; each tensor from (seed, its name): a routed
 /// model and its dense twin share every weight they have in common.
 void InitializeWeights(Model& model, uint64_t seed);
+/// Values N(0, sigma²) from (seed, name) into t, f32 and contiguous.
+void DrawNormal(uint64_t seed, const std::string& name, double sigma, at::Tensor& t);
 int64_t CountParameters(Model& model, bool routers_only = false);
 
 /// Reads DIR/config.json and its safetensors (f32, bf16 or f16 → f32). Every tensor must be there

@@ -200,14 +200,18 @@ at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::S
   ExitState exit(stream.num_rows());
   std::vector<OpenSpan> spans;
   for (int32_t l = 0; l < num_layers; ++l) {
+    // Autograd records no function of inputs without gradient: below the first layer that learns
+    // there is nothing to recompute, and that layer itself keeps what it needs.
+    const bool recompute = options.checkpoint && x_ND.requires_grad();
     if (exits) plans[l] = exit.Plans();
     const at::Tensor before = x_ND;
     if (exits) {
       x_ND = RunExited(model, l, x_ND, with_ids, own, &plans[l]);
-    } else if (options.checkpoint) {
+    } else if (recompute) {
       x_ND = RunCheckpointed(model, l, x_ND, with_ids, own, &plans[l], recorded);
     } else {
       x_ND = RunOne(model, l, x_ND, with_ids, own, &plans[l]);
+      if (recorded) (*recorded)[l] = plans[l];
     }
     x_ND = CombineSpans(plans[l].layer, l, l + 1 == num_layers, before, x_ND, &spans);
     if (exits) exit.Update(model, options.exit, l, before, x_ND);

@@ -138,7 +138,7 @@ struct MixFn : torch::autograd::Function<MixFn> {
 
 at::Tensor Mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MixArgs& args) {
   const bool needs_backward =
-      at::GradMode::is_enabled() && (q.requires_grad() || v.requires_grad());
+      at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
   return MixFn::apply(q, k, v, args, needs_backward);
 }
 

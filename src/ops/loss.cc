@@ -26,7 +26,7 @@ struct HeadLossFn : torch::autograd::Function<HeadLossFn> {
     at::Tensor dh, dw;
     if (with_grad) {
       dh = at::empty_like(h);
-      dw = at::zeros_like(weight);
+      if (weight.requires_grad()) dw = at::zeros_like(weight);
     }
     const int64_t chunk = ChunkRows(vocab);
     at::Tensor logits = at::empty({std::min(chunk, num_rows), vocab}, h.options());
@@ -39,7 +39,7 @@ struct HeadLossFn : torch::autograd::Function<HeadLossFn> {
         const at::Tensor dlogits = logits.slice(0, 0, n);
         at::Tensor dh_chunk = dh.slice(0, begin, begin + n);
         at::mm_out(dh_chunk, dlogits, weight);
-        dw.addmm_(dlogits.t(), h.slice(0, begin, begin + n));
+        if (dw.defined()) dw.addmm_(dlogits.t(), h.slice(0, begin, begin + n));
       }
     }
     if (with_grad) ctx->save_for_backward({dh, dw});
@@ -54,7 +54,7 @@ struct HeadLossFn : torch::autograd::Function<HeadLossFn> {
     const double g = grads[0].item<double>();
     if (g != 1.0) {
       saved[0] = saved[0] * g;
-      saved[1] = saved[1] * g;
+      if (saved[1].defined()) saved[1] = saved[1] * g;
     }
     return {saved[0], saved[1], {}, {}, {}, {}, {}};
   }

@@ -21,6 +21,10 @@ struct Method {
   /// The routers of layer `layer`, weights allocated and not yet initialised.
   std::vector<std::unique_ptr<Router>> (*make)(const RoutingConfig& config, const Shape& shape,
                                                int32_t layer);
+  /// Weight of the loss of the state after each layer, summing to 1, at `step` of `total_steps`;
+  /// null: the method trains on the last state only and has no exits.
+  std::vector<double> (*exit_weights)(const RoutingConfig& config, int32_t num_layers, int64_t step,
+                                      int64_t total_steps) = nullptr;
   /// The layer whose attention, MLP and norms a layer of the method uses; null: its own.
   int32_t (*weights_layer)(const RoutingConfig& config, int32_t layer) = nullptr;
 };

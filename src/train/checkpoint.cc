@@ -17,6 +17,7 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr const char* kPrefix = "step-";
+constexpr const char* kLoraFile = "/lora.safetensors";
 
 std::vector<fs::path> Checkpoints(const std::string& out_dir) {
   std::vector<fs::path> found;
@@ -41,7 +42,7 @@ void WriteOptimizer(AdamW& optimizer, const std::string& path) {
 }  // namespace
 
 std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, AdamW& optimizer,
-                           const TrainerState& state,
+                           Lora* lora, const TrainerState& state,
                            const std::vector<std::string>& tokenizer_files, int64_t keep_last) {
   const std::string name = fmt::format("{}{:08}", kPrefix, state.step);
   io::AtomicDir dir(out_dir + "/" + name);
@@ -50,6 +51,7 @@ std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, Adam
     io::WriteFile(dir.path() + "/" + fs::path(file).filename().string(), io::ReadFile(file));
   }
   WriteOptimizer(optimizer, dir.path() + "/optimizer.safetensors");
+  if (lora) lora->Save(dir.path() + kLoraFile);
   const Json json = {{"format", 1},
                      {"step", state.step},
                      {"tokens", state.tokens},
@@ -79,7 +81,7 @@ std::string LatestCheckpoint(const std::string& out_dir) {
   return out_dir + "/" + fs::read_symlink(latest).string();
 }
 
-TrainerState LoadTrainerState(const std::string& dir, AdamW& optimizer) {
+void LoadTrained(const std::string& dir, AdamW& optimizer, Lora* lora) {
   const io::SafetensorsFile file = io::SafetensorsFile::Open(dir + "/optimizer.safetensors");
   optimizer.ForEachState([&](const std::string& name, at::Tensor& t) {
     const io::TensorInfo& info = file.Get(name);
@@ -88,6 +90,10 @@ TrainerState LoadTrainerState(const std::string& dir, AdamW& optimizer) {
     }
     file.ReadF32Into(name, {ops::F32(t), static_cast<size_t>(t.numel())});
   });
+  if (lora) lora->Load(dir + kLoraFile);
+}
+
+TrainerState LoadTrainerState(const std::string& dir) {
   const std::string path = dir + "/trainer_state.json";
   const Json json = ParseJson(io::ReadFile(path, 1 << 24), path);
   TrainerState state;

@@ -8,6 +8,7 @@
 
 #include "core/json.h"
 #include "model/model.h"
+#include "train/lora.h"
 #include "train/optimizer.h"
 
 namespace detour::train {
@@ -25,17 +26,20 @@ struct TrainerState {
 };
 
 /// Writes OUT/step-NNNNNNNN (config.json, model.safetensors, tokenizer files of `tokenizer_dir` if
-/// set, optimizer.safetensors, trainer_state.json) atomically, points OUT/latest at it, then
-/// removes all but the newest `keep_last`. Returns its path.
+/// set, optimizer.safetensors, lora.safetensors if there are adapters, trainer_state.json)
+/// atomically, points OUT/latest at it, then removes all but the newest `keep_last`. Returns its
+/// path.
 std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, AdamW& optimizer,
-                           const TrainerState& state,
+                           Lora* lora, const TrainerState& state,
                            const std::vector<std::string>& tokenizer_files, int64_t keep_last);
 
 /// OUT/latest, or "" if there is none. Leftovers of a killed run are cleaned up first.
 std::string LatestCheckpoint(const std::string& out_dir);
 
-/// Reads optimizer and trainer state of checkpoint `dir` (the weights are read by
+/// What the checkpoint `dir` says of its run.
+TrainerState LoadTrainerState(const std::string& dir);
+/// Reads its optimizer and, if there are any, its adapters (the weights have been read by
 /// model::LoadModel). Error("train.checkpoint") if a tensor is missing or has another shape.
-TrainerState LoadTrainerState(const std::string& dir, AdamW& optimizer);
+void LoadTrained(const std::string& dir, AdamW& optimizer, Lora* lora);
 
 }  // namespace detour::train

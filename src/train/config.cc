@@ -1,8 +1,15 @@
 #include "train/config.h"
 
+#include <ATen/ATen.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
 
 #include "core/error.h"
+#include "model/cost.h"
 #include "routing/registry.h"
 #include "train/schedule.h"
 
@@ -16,6 +23,10 @@ Json TrainConfigToJson(const TrainConfig& c) {
           {"layout", c.layout},
           {"routing", c.routing},
           {"aux_loss_coeff", c.aux_loss_coeff},
+          {"train", c.train},
+          {"lora_rank", c.lora.rank},
+          {"lora_alpha", c.lora.alpha},
+          {"lora_targets", c.lora.targets},
           {"seq_len", c.seq_len},
           {"micro_batch_size", c.micro_batch_size},
           {"global_batch_size", c.global_batch_size},
@@ -98,14 +109,95 @@ Json MethodObjects(const std::string& names, const model::ModelConfig& config) {
   return objects;
 }
 
+/// Whether a router of the model has weights that a gradient reaches.
+bool RoutersLearn(const model::ModelConfig& config) {
+  return RouterParameterCount(config) > 0 &&
+         std::any_of(config.routing.begin(), config.routing.end(),
+                     [](const routing::RoutingConfig& r) {
+                       return r.TextOr("decider", "learned") == "learned";
+                     });
+}
+
+/// Into `model` every weight of the model in DIR that has the same name; only routers may be left.
+void LoadAllButRouters(const std::string& dir, model::Model& model) {
+  model::Model source = model::LoadModel(dir);
+  std::map<std::string, at::Tensor> loaded;
+  ForEachTensor(source, [&](const std::string& name, at::Tensor& t) { loaded[name] = t; });
+  std::set<std::string> routers;
+  for (size_t l = 0; l < model.layers.size(); ++l) {
+    ForEachRouterTensor(model.layers[l], [&](const std::string& name, at::Tensor&) {
+      routers.insert(fmt::format("model.layers.{}.{}", l, name));
+    });
+  }
+  const std::string method = MethodName(model.config);
+  ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
+    const auto it = loaded.find(name);
+    if (it != loaded.end()) {
+      t.copy_(it->second);
+      loaded.erase(it);
+    } else if (routers.count(name) == 0) {
+      Fail("train.config", "--init-from {}: method {} needs {}, which a dense model has not", dir,
+           method, name);
+    }
+  });
+  if (!loaded.empty()) {
+    Fail("train.config", "--init-from {}: method {} has no place for {}", dir, method,
+         loaded.begin()->first);
+  }
+}
+
 }  // namespace
+
+void CheckTrained(const TrainConfig& c, const model::ModelConfig& model) {
+  std::vector<std::string> faults;
+  const auto fault = [&]<typename... Args>(fmt::format_string<Args...> format, Args&&... args) {
+    faults.push_back(fmt::format(format, std::forward<Args>(args)...));
+  };
+  if (std::find(std::begin(kTrainChoices), std::end(kTrainChoices), c.train) ==
+      std::end(kTrainChoices)) {
+    fault("--train: expected one of {}, got \"{}\"", fmt::join(kTrainChoices, ", "),
+          Printable(c.train));
+  } else if (c.TrainsRouters() && model.routing.empty()) {
+    fault("--train {} needs a method with routers, got method dense", c.train);
+  } else if (c.TrainsRouters() && !RoutersLearn(model)) {
+    fault("--train {}: no router of method {} has weights to train", c.train, MethodName(model));
+  }
+  if (c.lora.rank < 1 || c.lora.rank > model.hidden_size) {
+    fault("--lora-rank: expected 1 to {}, the model's width, got {}", model.hidden_size,
+          c.lora.rank);
+  }
+  if (!(c.lora.alpha > 0) || !std::isfinite(c.lora.alpha)) {
+    fault("--lora-alpha: expected a positive number, got {}", c.lora.alpha);
+  }
+  if (ParseLoraTargets(c.lora.targets).empty()) {
+    fault(
+        "--lora-targets: expected some of q, k, v, o, gate, up, down, joined by commas, got "
+        "\"{}\"",
+        Printable(c.lora.targets));
+  }
+  const LoraOptions unset;
+  for (const auto& [flag, given] : {std::pair{"--lora-rank", c.lora.rank != unset.rank},
+                                    {"--lora-alpha", c.lora.alpha != unset.alpha},
+                                    {"--lora-targets", c.lora.targets != unset.targets}}) {
+    if (given && faults.empty() && !c.TrainsLora()) {
+      fault("{} needs --train lora or router+lora, got --train {}", flag, c.train);
+    }
+  }
+  if (!faults.empty()) Fail("train.config", "{}", fmt::join(faults, "; "));
+}
+
+bool HasNewRouters(const TrainConfig& c, const model::ModelConfig& model) {
+  return !model.routing.empty() &&
+         (c.init_from.empty() || model::LoadConfig(c.init_from).routing.empty());
+}
 
 model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
   const std::string& source = c.init_from.empty() ? c.model_config : c.init_from;
   if (source.empty()) Fail("train.config", "no model: give --model-config FILE or --init-from DIR");
   model::ModelConfig config = model::LoadConfig(source);
   const std::string method = c.method.empty() ? MethodName(config) : c.method;
-  if (!c.init_from.empty() &&
+  const bool adds_routers = config.routing.empty() && method != "dense";
+  if (!c.init_from.empty() && !adds_routers &&
       (method != MethodName(config) || !c.layout.empty() || !c.routing.empty())) {
     Fail("train.config", "--method, --layout and --routing describe a new model; {} has its own",
          c.init_from);
@@ -133,19 +225,21 @@ model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
         object, "method " + object.at("method").get<std::string>(), config.num_layers));
   }
   CheckRouting(config, source);
+  CheckTrained(c, config);
   ParseSchedules(c.schedules);
   return config;
 }
 
 model::Model InitialModel(const TrainConfig& c) {
   const model::ModelConfig config = ResolveModelConfig(c);
-  if (!c.init_from.empty()) {
+  if (!c.init_from.empty() && !HasNewRouters(c, config)) {
     model::Model m = model::LoadModel(c.init_from);
     m.config = config;
     return m;
   }
   model::Model m = model::AllocateModel(config);
   model::InitializeWeights(m, c.seed);
+  if (!c.init_from.empty()) LoadAllButRouters(c.init_from, m);
   return m;
 }
 

@@ -8,14 +8,20 @@
 
 #include "core/json.h"
 #include "model/model.h"
+#include "train/lora.h"
 
 namespace detour::train {
+
+inline constexpr const char* kTrainChoices[] = {"all", "router", "router+lora", "lora"};
 
 struct TrainConfig {
   std::string data_dir, out_dir, model_config, init_from, tokenizer_dir, resume;
   std::string method, layout;        ///< override the model config's routing if set
   std::vector<std::string> routing;  ///< KEY=VALUE or METHOD.KEY=VALUE, options of the methods
   double aux_loss_coeff = -1;        ///< < 0: the model config's
+
+  std::string train = "all";  ///< what is trained: one of kTrainChoices; the rest is frozen
+  LoraOptions lora;           ///< for lora and router+lora
 
   int64_t seq_len = 1024;
   int64_t micro_batch_size = 8, global_batch_size = 8;  ///< sequences
@@ -38,6 +44,9 @@ struct TrainConfig {
   uint64_t seed = 42;
   int64_t eval_every = 250, eval_tokens = 131072, save_every = 500, keep_last = 2, log_every = 10;
   std::string tensorboard;
+
+  bool TrainsRouters() const { return train == "router" || train == "router+lora"; }
+  bool TrainsLora() const { return train == "lora" || train == "router+lora"; }
 };
 
 /// One line per key of the config, defaults resolved: printed, stored in checkpoints, compared on
@@ -45,9 +54,15 @@ struct TrainConfig {
 Json TrainConfigToJson(const TrainConfig& config);
 
 /// The model a run starts from: the model config with the flags' method, layout and λ, or the
-/// weights of init_from.
+/// weights of init_from. Where those are a dense model's and the flags name a method, its routers
+/// are new and all else is loaded; Error("train.config") if the two models differ in more.
 model::ModelConfig ResolveModelConfig(const TrainConfig& config);
 model::Model InitialModel(const TrainConfig& config);
+/// What is trained, against the model: Error("train.config") that lists every fault. Part of
+/// ResolveModelConfig.
+void CheckTrained(const TrainConfig& config, const model::ModelConfig& model);
+/// Whether InitialModel draws the routers, rather than loading them.
+bool HasNewRouters(const TrainConfig& config, const model::ModelConfig& model);
 /// Steps of the run: max_steps, or as many as max_tokens needs. Error if neither is set.
 int64_t TotalSteps(const TrainConfig& config);
 

@@ -1,6 +1,7 @@
 #include "train/loop.h"
 
 #include <ATen/ATen.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +19,7 @@
 #include "report/metrics.h"
 #include "report/status.h"
 #include "report/table.h"
-#include "routing/early_exit.h"
+#include "routing/registry.h"
 #include "train/schedule.h"
 #include "train/step.h"
 
@@ -58,6 +59,10 @@ class Run {
  private:
   void Prepare();
   void Resume(const std::string& checkpoint);
+  void CheckSameTrained(const std::string& checkpoint) const;
+  void ForEachTrained(const routing::TensorVisitor& visit);
+  void PrintTrained(bool is_new);
+  Lora* lora() { return lora_ ? &*lora_ : nullptr; }
   std::vector<eval::Batch> NextBatches(int64_t num_sequences) const;
   double TargetShareAt(int64_t step) const {
     return TargetShare(config_, schedules_, step, total_steps_);
@@ -79,6 +84,7 @@ class Run {
   const data::BatchSampler sampler_;
   const int64_t total_steps_;
   model::Model model_;
+  std::optional<Lora> lora_;
   std::unique_ptr<AdamW> optimizer_;
   TrainerState state_;
   TrainSummary summary_;
@@ -117,6 +123,7 @@ void Run::Prepare() {
          config_.out_dir);
   }
   model_ = resume.empty() ? InitialModel(config_) : model::LoadModel(resume);
+  if (!resume.empty()) CheckTrained(config_, model_.config);
   if (TargetShareAt(total_steps_) > 0 && !HasShiftableRouter(model_)) {
     Fail("train.config", "--target-share: no router of method {} has a bias that could be moved",
          MethodName(model_.config));
@@ -132,9 +139,11 @@ void Run::Prepare() {
     Fail("train.config", "--seq-len {} is beyond the model's max_position_embeddings {}",
          config_.seq_len, model_.config.max_position_embeddings);
   }
-  if (resume.empty() && config_.init_from.empty()) CountTokens();
+  if (resume.empty() && HasNewRouters(config_, model_.config)) CountTokens();
+  if (config_.TrainsLora()) lora_.emplace(model_, config_.lora, config_.seed);
   optimizer_ = std::make_unique<AdamW>(
-      model_, AdamWOptions{config_.beta1, config_.beta2, config_.adam_eps, config_.weight_decay});
+      [this](const routing::TensorVisitor& visit) { ForEachTrained(visit); },
+      AdamWOptions{config_.beta1, config_.beta2, config_.adam_eps, config_.weight_decay});
   state_.seed = config_.seed;
   if (!resume.empty()) Resume(resume);
   state_.config = TrainConfigToJson(config_);
@@ -151,10 +160,59 @@ void Run::Prepare() {
       100.0 * routers / all, model_.config.num_layers, RoutedLayers(model_.config).size(),
       total_steps_, report::FormatThousands(config_.global_batch_size * config_.seq_len),
       report::FormatCount(train_.num_tokens())));
+  if (config_.train != "all") PrintTrained(resume.empty());
+}
+
+/// The weights that the run trains, by name.
+void Run::ForEachTrained(const routing::TensorVisitor& visit) {
+  if (config_.train == "all") ForEachTensor(model_, visit);
+  for (size_t l = 0; config_.TrainsRouters() && l < model_.layers.size(); ++l) {
+    ForEachRouterTensor(model_.layers[l], [&](const std::string& name, at::Tensor& t) {
+      visit(fmt::format("model.layers.{}.{}", l, name), t);
+    });
+  }
+  if (lora_) lora_->ForEachAdapter(visit);
+}
+
+void Run::PrintTrained(bool is_new) {
+  const int64_t trained = optimizer_->CountParameters();
+  const int64_t adapters = lora_ ? lora_->CountParameters() : 0;
+  const std::string of_adapters =
+      lora_ ? fmt::format(", {} in adapters (rank {}, alpha {}, on {})",
+                          report::FormatCount(adapters), config_.lora.rank, config_.lora.alpha,
+                          config_.lora.targets)
+            : "";
+  status_.Print(fmt::format("--train {}: {} parameters, {} in routers{}; the rest is frozen",
+                            config_.train, report::FormatCount(trained),
+                            report::FormatCount(trained - adapters), of_adapters));
+  if (is_new && config_.init_from.empty()) {
+    status_.Print("note: no --init-from: the frozen weights are random");
+  }
+}
+
+/// A run goes on with what it trained: neither optimizer nor adapters would fit anything else.
+void Run::CheckSameTrained(const std::string& checkpoint) const {
+  const Json now = TrainConfigToJson(config_);
+  std::vector<std::string> keys = {"train"};
+  if (config_.TrainsLora()) keys.insert(keys.end(), {"lora_rank", "lora_alpha", "lora_targets"});
+  std::vector<std::string> faults;
+  for (const std::string& key : keys) {
+    // Older checkpoints know "all" only.
+    const Json was = state_.config.value(key, key == "train" ? Json("all") : Json());
+    if (was != now.at(key)) {
+      faults.push_back(fmt::format("{} was {}, is now {}", key, was.dump(), now.at(key).dump()));
+    }
+  }
+  if (!faults.empty()) {
+    Fail("train.config", "{}: {}. Hint: --init-from starts a new run from its weights", checkpoint,
+         fmt::join(faults, "; "));
+  }
 }
 
 void Run::Resume(const std::string& checkpoint) {
-  state_ = LoadTrainerState(checkpoint, *optimizer_);
+  state_ = LoadTrainerState(checkpoint);
+  CheckSameTrained(checkpoint);
+  LoadTrained(checkpoint, *optimizer_, lora());
   saved_step_ = state_.step;
   summary_.checkpoint = checkpoint;
   const Json now = TrainConfigToJson(config_);
@@ -205,8 +263,8 @@ std::vector<double> Run::WeightsAt(int64_t step) const {
 /// Loss weights of every layer's state, of a model that trains its exits.
 std::vector<double> Run::ExitWeightsAt(int64_t step) const {
   for (const routing::RoutingConfig& r : model_.config.routing) {
-    if (r.method == "early_exit") {
-      return routing::ExitWeights(r, model_.config.num_layers, step, total_steps_);
+    if (const auto weights = routing::FindMethod(r.method).exit_weights) {
+      return weights(r, model_.config.num_layers, step, total_steps_);
     }
   }
   return {};
@@ -346,7 +404,7 @@ void Run::Save() {
   if (saved_step_ == state_.step) return;
   metrics_->Sync();
   state_.seconds = summary_.seconds;
-  summary_.checkpoint = SaveCheckpoint(config_.out_dir, model_, *optimizer_, state_,
+  summary_.checkpoint = SaveCheckpoint(config_.out_dir, model_, *optimizer_, lora(), state_,
                                        tokenizer_files_, config_.keep_last);
   saved_step_ = state_.step;
 }
@@ -381,7 +439,8 @@ TrainSummary Run::Train() {
                         .activation_checkpointing = config_.activation_checkpointing,
                         .seed = config_.seed,
                         .step = state_.step,
-                        .exit_weights = ExitWeightsAt(state_.step)});
+                        .exit_weights = ExitWeightsAt(state_.step)},
+                       lora());
     } catch (const Error& error) {
       status_.Finish();
       if (error.code() != "train.diverged") throw;
@@ -436,6 +495,8 @@ TrainSummary Run::Train() {
                      {"val_share", summary_.val_share},
                      {"train_forward_flops_per_token", summary_.train_flops_per_token},
                      {"serving_flops_per_token", summary_.serving_flops_per_token},
+                     {"trained_parameters", optimizer_->CountParameters()},
+                     {"adapter_parameters", lora_ ? lora_->CountParameters() : 0},
                      {"stopped_by", summary_.stopped_by}};
   io::WriteFileAtomic(config_.out_dir + "/summary.json", json.dump(2) + "\n");
   return summary_;

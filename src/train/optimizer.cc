@@ -7,12 +7,21 @@
 
 namespace detour::train {
 
-AdamW::AdamW(model::Model& model, const AdamWOptions& options) : options_(options) {
-  ForEachTensor(model, [&](const std::string& name, at::Tensor& weight) {
+AdamW::AdamW(const ForEachTrained& for_each, const AdamWOptions& options) : options_(options) {
+  for_each([&](const std::string& name, at::Tensor& weight) {
     weight.requires_grad_(true);
     params_.push_back(
         {name, weight, at::zeros_like(weight), at::zeros_like(weight), at::zeros({}, at::kFloat)});
   });
+}
+
+AdamW::AdamW(model::Model& model, const AdamWOptions& options)
+    : AdamW([&](const routing::TensorVisitor& visit) { ForEachTensor(model, visit); }, options) {}
+
+int64_t AdamW::CountParameters() const {
+  int64_t count = 0;
+  for (const Param& p : params_) count += p.weight.numel();
+  return count;
 }
 
 void AdamW::ZeroGrad() {

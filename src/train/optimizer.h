@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -17,9 +19,16 @@ struct AdamWOptions {
 
 class AdamW {
  public:
-  /// Makes every weight of the model a leaf that requires gradients. Matrices decay; norms and
-  /// biases (1-D) do not.
+  /// Calls a visitor for every weight that is to be trained.
+  using ForEachTrained = std::function<void(const routing::TensorVisitor& visit)>;
+
+  /// Makes every trained weight a leaf that requires gradients; the others stay as they are.
+  /// Matrices decay; norms and biases (1-D) do not.
+  AdamW(const ForEachTrained& for_each, const AdamWOptions& options);
+  /// The same for all weights of the model.
   AdamW(model::Model& model, const AdamWOptions& options);
+
+  int64_t CountParameters() const;
 
   void ZeroGrad();
   /// Scales all gradients so that their joint 2-norm is at most `max_norm` (0: no clipping);

@@ -156,18 +156,20 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
         if (learns && plan.experts.empty()) AppendDifferences(plan, &(*differences)[r]);
       }
     }
-    loss.backward();
+    // A batch may reach nothing that is trained, such as routers that a schedule leaves out.
+    if (loss.requires_grad()) loss.backward();
   }
   if (together) result.statistics = decided.statistics;
   return result;
 }
 
 StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Batch>& batches,
-                     const StepOptions& options) {
+                     const StepOptions& options, Lora* lora) {
   optimizer.ZeroGrad();
   std::vector<std::vector<float>> differences;
   const bool control = options.target_share > 0 && !model.config.routing.empty();
   StepResult result = ComputeGradients(model, batches, options, control ? &differences : nullptr);
+  if (lora) lora->TakeGradients();
   result.grad_norm = optimizer.ClipGradNorm(options.grad_clip);
   if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
     Fail("train.diverged",
@@ -176,6 +178,7 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
          options.step, result.loss, result.grad_norm);
   }
   optimizer.Step(options.lr);
+  if (lora) lora->Merge();
   const std::vector<model::RouterId> routers = model::Routers(model.config);
   for (size_t r = 0; r < routers.size(); ++r) {
     routing::Router& router = *model.layers[routers[r].layer].router(routers[r].site);

@@ -7,6 +7,7 @@
 #include "eval/batch.h"
 #include "model/model.h"
 #include "train/budget.h"
+#include "train/lora.h"
 #include "train/optimizer.h"
 
 namespace detour::train {
@@ -44,10 +45,12 @@ StepResult ComputeGradients(const model::Model& model,
                             const StepOptions& options,
                             std::vector<std::vector<float>>* differences = nullptr);
 
-/// ComputeGradients, then clip, AdamW and the controller. Error("train.diverged") if loss or
-/// gradient norm is not finite; the weights are then those before the step.
+/// ComputeGradients, then clip, AdamW and the controller; with `lora`, whose adapters the optimizer
+/// has in place of their targets, those follow. Error("train.diverged") if loss or gradient norm is
+/// not finite; the weights are then those before the step.
 StepResult TrainStep(model::Model& model, AdamW& optimizer,
-                     const std::vector<eval::Batch>& micro_batches, const StepOptions& options);
+                     const std::vector<eval::Batch>& micro_batches, const StepOptions& options,
+                     Lora* lora = nullptr);
 
 /// Sets every gate's bias so that exactly `target_share` of the rows of `batches` that reach it
 /// take its span, one gate after the other and by the rule that serves (Mode::kInfer): the
