@@ -139,6 +139,7 @@ Model AllocateModel(const ModelConfig& c) {
   const int64_t q_width = c.num_heads * c.head_dim, kv_width = c.num_kv_heads * c.head_dim;
   for (int32_t l = 0; l < c.num_layers; ++l) {
     LayerWeights w;
+    w.kv_layout = KvShapeOf(c, l).layout;
     if (const int32_t source = WeightsLayer(c, l); source != l) {
       ShareWeights(m.layers[source], &w);
       AddRouters(c, l, &w);
@@ -151,7 +152,6 @@ Model AllocateModel(const ModelConfig& c) {
     w.k.weight = at::zeros({kv_width, c.hidden_size});
     w.v.weight = at::zeros({kv_width, c.hidden_size});
     w.o.weight = at::zeros({c.hidden_size, q_width});
-    w.kv_layout = KvShapeOf(c, l).layout;
     AddRouters(c, l, &w);
     for (FfnWeights& expert : w.experts) expert = AllocateFfn(c);
     if (w.experts.empty() || HasSharedExpert(c, l)) w.ffn = AllocateFfn(c);

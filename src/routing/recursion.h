@@ -21,9 +21,8 @@
 // - ⌈·⌉ of a document's tokens, not ⌊·⌋ of a padded sequence's; ties: the earlier token, the
 //   shallower depth.
 // - no sharing of the first recursion's keys, no warm-up of capacities, linear routers only.
-// - a control replaces the score by a depth that knows no content, each of the N equally often,
-// with
-//   the weight of a router that is sure: α.
+// - a control replaces the score by a depth that knows no content, each of the N equally often; the
+//   weight is that of a router that is sure, α.
 #pragma once
 
 #include <memory>
