@@ -29,8 +29,9 @@ namespace fs = std::filesystem;
 
 namespace {
 
-/// Training text on which the ratio controller makes its last move.
-constexpr int64_t kSettleTokens = 32768;
+/// Training text on which the ratio controller makes its last move: a tenth of the run's, within
+/// these bounds. Shares of documents differ; 32,768 tokens of them may miss by a point.
+constexpr int64_t kMinSettleTokens = 32768, kMaxSettleTokens = 131072;
 
 bool HasShiftableRouter(model::Model& model) {
   for (model::LayerWeights& layer : model.layers) {
@@ -461,7 +462,8 @@ TrainSummary Run::Train() {
     Log(step, lr, target, seconds);
     const bool last = state_.step == total_steps_;
     if (last && target > 0) {
-      const int64_t sequences = (kSettleTokens + config_.seq_len - 1) / config_.seq_len;
+      const int64_t text = std::clamp(state_.tokens / 10, kMinSettleTokens, kMaxSettleTokens);
+      const int64_t sequences = (text + config_.seq_len - 1) / config_.seq_len;
       SettleShares(model_, NextBatches(sequences), TargetShareAt(total_steps_));
     }
     if (last || (config_.eval_every > 0 && state_.step % config_.eval_every == 0)) Validate();
