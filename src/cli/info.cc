@@ -51,7 +51,8 @@ int32_t NumWeightLayers(const model::ModelConfig& c) {
 bool DependsOnShare(const model::ModelConfig& c) {
   const auto low = RowsAtShare(c, 1000, 0.25), high = RowsAtShare(c, 1000, 0.75);
   return !std::equal(low.begin(), low.end(), high.begin(), [](const auto& a, const auto& b) {
-    return a.entered == b.entered && a.attended == b.attended && a.fed == b.fed;
+    return a.entered == b.entered && a.attended == b.attended && a.visited == b.visited &&
+           a.fed == b.fed;
   });
 }
 
