@@ -22,7 +22,7 @@ DENSE = {"method": "dense"}
 WINDOW = {"method": "dtrnet", "layers": [1, 3], "bypass": "window", "window": 5, "sink": 3}
 SOFT = {"method": "dtrnet", "layers": [1, 3], "estimator": "soft"}
 BLOCKS = {"method": "blocks", "block_size": 16, "top_k": 2}
-RECURSION = {"method": "recursion", "recursions": 2, "causal_coeff": 0.2, "balance_coeff": 0.3}
+RECURSION = {"method": "recursion", "recursions": 2, "causal_coeff": 0.2, "aux_loss_coeff": 0.3}
 
 
 def random_model(routing, seed=1, params=(), **keys):
@@ -244,11 +244,12 @@ def test_exit_losses():
         assert_equal(gradual.loss(ids, labels, step=4, steps=8).total, model.loss(ids, labels).total)
 
 
-def stack(model, h, rows):
-    """Layers 1 and 2 on a part of the rows, gathered: a dense decoder that knows their positions only."""
-    places = rows.nonzero()[:, 0].tolist()
+def stack(model, h, rows, layers=(1, 2), attend=None):
+    """Layers on a part of the rows, gathered: a dense decoder that knows their positions only. Of these, those of
+    `attend` attend."""
+    places = (rows if attend is None else attend).nonzero()[:, 0].tolist()
     x = h.clone()
-    for i in (1, 2):
+    for i in layers:
         attended = {t: attention_of_row(model, i, x, t, [[s for s in places if s <= t]] * 4) for t in places}
         y = after_attention(model, i, x, torch.stack([attended.get(t, torch.zeros(16)) for t in range(len(x))]))
         x = torch.where(rows[:, None], y, x)
@@ -277,24 +278,83 @@ def test_expert_choice_row_by_row():
             assert_equal(model._layer(7, h, None, mode, {}), out.states[1])
 
 
-def test_token_choice_row_by_row():
-    model = random_model(RECURSION | {"recursions": 3, "choice": "token"}, num_hidden_layers=8)
+@pytest.mark.parametrize("keys", [{}, {"alpha": 0.4}])
+def test_token_choice_row_by_row(keys):
+    model = random_model(RECURSION | {"recursions": 3, "choice": "token", "z_loss_coeff": 0.2} | keys,
+                         num_hidden_layers=8)
     ids, labels = IDS[:17], IDS[1:18]
     with torch.no_grad():
         out = model.forward(ids, "train")
         first = out.states[0]
-        p = (first @ model.params["model.layers.1.recursion_router.weight"].T).softmax(-1)
-        depth = p.argmax(-1) + 1
+        raw = first @ model.params["model.layers.1.recursion_router.weight"].T
+        p, depth = raw.softmax(-1), raw.argmax(-1) + 1
         assert set(depth.tolist()) == {1, 2, 3}
-        h = first
+        h, ends = first, torch.zeros_like(first)
         for r in (1, 2, 3):
-            weighted = p[:, r - 1:r] * stack(model, h, depth >= r)
-            h = torch.where((depth == r)[:, None], weighted + first, torch.where((depth > r)[:, None], weighted, h))
-        assert_equal(model._layer(7, h, None, "train", {}), out.states[1])
+            h = stack(model, h, depth >= r)
+            weighted = first + keys.get("alpha", 1) * p[:, r - 1:r] * h
+            ends = torch.where((depth == r)[:, None], weighted, ends)
+        assert_equal(model._layer(7, ends, None, "train", {}), out.states[1])
         balance = 3 * sum((depth == r).double().mean() * p[:, r - 1].mean() for r in (1, 2, 3))
         losses = model.loss([ids], [labels])
         assert_equal(losses.aux_loss, balance)
-        assert_equal(losses.total, losses.loss + 0.3 * balance)
+        assert_equal(losses.total, losses.loss + 0.3 * balance + 0.2 * raw.exp().sum(-1).log().square().mean())
+
+
+def test_the_rule_that_serves_is_trained():
+    """Cross-entropy of top-k membership, mean over the documents' rows that were asked."""
+    model = random_model(RECURSION | {"recursions": 3}, num_hidden_layers=5)
+    ids, labels = [IDS[:12], IDS[12:30]], [IDS[1:13], IDS[13:31]]
+    with torch.no_grad():
+        out = model.loss(ids, labels, "teacher_forced")
+        penalty = 0
+        for r in (1, 2):
+            terms = []
+            for forward in out.outs:
+                routed, before = (forward.routes[f"layer{1 + n}"].routed for n in (r, r - 1))
+                p = forward.routes[f"layer{1 + r}"].decision.probs[:, 0]
+                terms += [-torch.where(routed, p, 1 - p)[t].log() for t in before.nonzero()[:, 0]]
+            assert len(terms) == 30 - 10 * (r - 1)
+            penalty += 0.2 * sum(terms) / len(terms)
+        assert_equal(out.total - out.loss, penalty)
+
+
+def test_recursions_that_are_drawn():
+    for choice in ("expert", "token"):
+        model = random_model(RECURSION | {"recursions": 3, "choice": choice, "decider": "every_nth", "alpha": 0.3},
+                             num_hidden_layers=5)
+        out = model.forward(IDS[:17])
+        with torch.no_grad():
+            h = ends = first = out.states[0]
+            for r in range(3):
+                rows = torch.tensor([3 - t % 3 > r for t in range(17)])
+                assert torch.equal(out.routes[f"layer{1 + r}"].routed, rows)
+                f = stack(model, h, rows, (1,))
+                h = torch.where(rows[:, None], 0.3 * f + h, h) if choice == "expert" else f
+                ends = torch.where(rows[:, None], h if choice == "expert" else first + 0.3 * f, ends)
+            assert_equal(model._layer(4, ends, None, "infer", {}), out.states[1])
+
+
+def test_routers_in_recursions():
+    """Of every unrolled layer's own: with one of its rows only, the others take the bypass in that layer."""
+    gate = {"method": "dtrnet", "layers": [1, 2, 3, 4], "estimator": "ste", "bypass": "identity"}
+    model = random_model([RECURSION, gate], num_hidden_layers=6)
+    assert {f"model.layers.{i}.router.weight_predictor.2.bias" for i in (1, 2, 3, 4)} <= model.config.shapes().keys()
+    out = model.forward(IDS)
+    assert list(out.routes)[:4] == ["layer1", "layer1.mixer", "layer2", "layer2.mixer"]
+    with torch.no_grad():
+        h = out.states[0]
+        for r in (0, 1):
+            x, rows = h, out.routes[f"layer{1 + 2 * r}"].routed
+            for i in (1, 2):
+                p = model._score(f"model.layers.{i + 2 * r}.router.", "mlp", x).sigmoid()
+                attends = rows & (p > 0.5)
+                assert torch.equal(out.routes[f"layer{i + 2 * r}.mixer"].routed, attends)
+                assert 0 < attends.sum() < rows.sum()
+                x = stack(model, x, rows, (i,), attends)
+            score = h @ model.params[f"model.layers.{1 + 2 * r}.recursion_router.weight"].T
+            h = torch.where(rows[:, None], 0.1 * score.sigmoid() * x + h, h)
+        assert_equal(model._layer(5, h, None, "infer", {}), out.states[1])
 
 
 def test_one_recursion():

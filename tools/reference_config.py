@@ -26,13 +26,14 @@ DEFAULTS = {
                       "aux_loss_coeff": 0.01, "z_loss_coeff": 0.0, "bias_rate": 0.0, "shared_expert": False},
     "early_exit": {"max_dropout": 0.1, "exit_scale": 0.2, "curriculum": "rotational", "rotation": 4},
     "blocks": CONTROL | {"block_size": 128, "top_k": 3},
-    "recursion": CONTROL | {"recursions": 3, "choice": "expert", "alpha": 0.1, "causal": "bce", "causal_coeff": 1e-3,
-                            "balance_coeff": 0.01},
+    "recursion": CONTROL | {"recursions": 3, "choice": "expert", "alpha": 0.0, "causal": "bce", "causal_coeff": 1e-3,
+                            "aux_loss_coeff": 0.1, "z_loss_coeff": 0.0},
 }
 # Site of each router of a method, and how the names of its tensors begin. Methods that are not here have no router of a
 # span of one layer.
 ROUTERS = {"dtrnet": {"mixer": "router."}, "dllm": {"layer": "layer_router."}, "mod": {"layer": "router."},
-           "skip": {"mixer": "attn_router.", "ffn": "mlp_router."}, "moe": {"ffn": "block_sparse_moe."}}
+           "skip": {"mixer": "attn_router.", "ffn": "mlp_router."}, "moe": {"ffn": "block_sparse_moe."},
+           "recursion": {"layer": "recursion_router."}}
 LAYOUTS: dict[str, Callable[[int, int], bool]] = {
     "bilayer": lambda i, n: i % 2 == 1,
     "bilayer_dense_ends": lambda i, n: i % 2 == 0 and 2 <= i <= n - 2,
@@ -73,9 +74,7 @@ class Config(reference_dtrnet.Config):
         routing = keys.get("routing") or []
         objects = routing if isinstance(routing, list) else [routing]
         methods = tuple(_method(o, dense.num_layers) for o in objects if o["method"] != "dense")
-        config = Config(**vars(dense), methods=methods)
-        require(len(methods) < 2 or not config.method("recursion"), "recursion beside others is not computed here")
-        return config
+        return Config(**vars(dense), methods=methods)
 
     def method(self, name: str) -> Method | None:
         return next((m for m in self.methods if m.name == name), None)
@@ -86,6 +85,14 @@ class Config(reference_dtrnet.Config):
             if layer in method.layers and site in ROUTERS.get(method.name, {}):
                 return method
         return None
+
+    def weights_layer(self, layer: int) -> int:
+        """The layer whose attention, MLP and norms a layer uses."""
+        recursion = self.method("recursion")
+        if recursion is None or layer not in recursion.layers:
+            return layer
+        first = recursion.layers[0]
+        return first + (layer - first) % recursion.period
 
     def routers(self) -> dict[tuple[int, str], str]:
         """(layer, site) -> name, by layer, then site: "layerN" is the layer's first."""
@@ -98,7 +105,8 @@ class Config(reference_dtrnet.Config):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's name and shape."""
         d, f = self.hidden_size, self.intermediate_size
-        shapes = super().shapes()
+        shared = tuple(f"model.layers.{i}." for i in range(self.num_layers) if self.weights_layer(i) != i)
+        shapes = {n: s for n, s in super().shapes().items() if not n.startswith(shared)}
         for i in range(self.num_layers):
             prefix, moe = f"model.layers.{i}.", self.method_of(i, "ffn")
             if moe and moe.name == "moe":
@@ -115,12 +123,12 @@ class Config(reference_dtrnet.Config):
                         shapes |= {router + "bypass_constant": (d,)}
         if method := self.method("recursion"):
             shapes |= self._recursion_shapes(method)
-            shared = tuple(f"model.layers.{i}." for i in method.layers[method.period:])
-            shapes = {n: s for n, s in shapes.items() if not n.startswith(shared) or "recursion_router" in n}
         return shapes
 
     def _router_shapes(self, method: Method, prefix: str) -> dict[str, tuple[int, ...]]:
         d = self.hidden_size
+        if method.name == "recursion":
+            return {}
         if method["decider"] != "learned":
             return {prefix + "token_quantile": (self.vocab_size,)} if method["decider"] == "frequency" else {}
         if method.name == "moe":
@@ -139,15 +147,16 @@ class Config(reference_dtrnet.Config):
         return net
 
     def _recursion_shapes(self, method: Method) -> dict[str, tuple[int, ...]]:
-        d, first = self.hidden_size, method.layers[0]
-        if method["choice"] == "token":
-            return {f"model.layers.{first}.recursion_router.weight": (method["recursions"], d)}
         shapes: dict[str, tuple[int, ...]] = {}
-        for i in method.layers[::method.period]:
+        by_token = method["choice"] == "token"
+        for r, i in enumerate(method.layers[::method.period][:1 if by_token else None]):
             prefix = f"model.layers.{i}.recursion_router."
-            shapes[prefix + "weight"] = (1, d)
-            if method["causal"] == "bce":
-                shapes[prefix + "causal_bias"] = (1,)
+            if method["decider"] == "frequency":
+                shapes[prefix + "token_quantile"] = (self.vocab_size,)
+            elif method["decider"] == "learned":
+                shapes[prefix + "weight"] = (method["recursions"] if by_token else 1, self.hidden_size)
+                if r > 0 and method["causal"] == "bce":
+                    shapes[prefix + "causal_bias"] = (1,)
         return shapes
 
 
@@ -167,6 +176,7 @@ class Decision:
     causal: Tensor | None = None  # bool [T]: what the rule that serves says, where top-k decided
     experts: Tensor | None = None  # [T,E], weight of each expert, 0 if not chosen
     chosen: Tensor | None = None  # bool [T,E]
+    choice_probs: Tensor | None = None  # [T,E] of `chosen`, if `probs` are of other ways
 
 
 @dataclass

@@ -90,7 +90,7 @@ class Model:
         for i in range(layers):
             if recursion and i in recursion.layers:
                 if i == recursion.layers[0]:
-                    x = Recursion(self, recursion).run(x, mode, out.routes)
+                    x = Recursion(self, recursion).run(x, ids, mode, out.routes)
                 continue
             y = torch.where(going[:, None], self._layer(i, x, ids, mode, out.routes), x)
             out.states.append(y)
@@ -116,7 +116,7 @@ class Model:
         for method in self.config.methods:
             budget = self._budget(method, routes)
             aux_loss = aux_loss + budget
-            total = total + method.options.get("balance_coeff", method.options.get("aux_loss_coeff", 0.0)) * budget
+            total = total + method.options.get("aux_loss_coeff", 0.0) * budget
         for parts in routes.values():  # mean over tokens, sum over routers
             total = total + sum((r.decision.penalty * r.reached).sum() for r in parts) / len(labels)
         return Loss(loss, aux_loss, total, outs)
@@ -156,23 +156,24 @@ class Model:
         layer = self._decide(i, "layer", x, x, ids, everyone, mode, routes)
         return x + _rows(layer.take) * (self.block(i, x, layer, ids, mode, routes) - x)
 
-    def block(self, i: int, x: Tensor, layer: Decision, ids: Tensor | None = None, mode: str = "infer",
-              routes: dict[str, Route] | None = None) -> Tensor:
-        """Attention and MLP on x [T,D], for the rows that `layer` lets in; ids and routes may miss without routers."""
+    def block(self, i: int, x: Tensor, layer: Decision, ids: Tensor, mode: str, routes: dict[str, Route]) -> Tensor:
+        """Attention and MLP on x [T,D], for the rows that `layer` lets in."""
         reached = torch.ones(len(x), dtype=torch.bool) & layer.enter
         mixer = self._decide(i, "mixer", x, x, ids, reached, mode, routes)
         y = x + _rows(mixer.take) * self._attention(i, x, layer, mixer) + _rows(mixer.leave) * self._bypass(
             i, x, layer, mixer)
-        h = self._norm(y, f"model.layers.{i}.post_attention_layernorm.weight")
+        prefix = f"model.layers.{self.config.weights_layer(i)}."
+        h = self._norm(y, prefix + "post_attention_layernorm.weight")
         ffn = self._decide(i, "ffn", x, h, ids, reached, mode, routes)
         if ffn.experts is None:
-            return y + _rows(ffn.take) * self._swiglu(h, f"model.layers.{i}.mlp.", "gate_proj", "down_proj", "up_proj")
+            return y + _rows(ffn.take) * self._swiglu(h, prefix + "mlp.", "gate_proj", "down_proj", "up_proj")
         return y + self._experts(i, h, ffn.experts)
 
     def _attention(self, i: int, x: Tensor, layer: Decision, mixer: Decision, bypassed: bool = False) -> Tensor:
         """W_O Attn [T,D] of all rows, as if each was routed, or as if each was bypassed."""
-        cfg, prefix, length = self.config, f"model.layers.{i}.self_attn.", len(x)
-        h = self._norm(x, f"model.layers.{i}.input_layernorm.weight")
+        held = f"model.layers.{self.config.weights_layer(i)}."
+        cfg, prefix, length = self.config, held + "self_attn.", len(x)
+        h = self._norm(x, held + "input_layernorm.weight")
         q = (h @ self.params[prefix + "q_proj.weight"].T).view(length, cfg.num_heads, cfg.head_dim)
         k = (h @ self.params[prefix + "k_proj.weight"].T).view(length, cfg.num_kv_heads, cfg.head_dim)
         v = (h @ self.params[prefix + "v_proj.weight"].T).view(length, cfg.num_kv_heads, cfg.head_dim)
@@ -198,7 +199,7 @@ class Model:
 
         blocks = next((m for m in self.config.methods if m.name == "blocks" and i in m.layers), None)
         if blocks:
-            return written(layer) * self._blocks(blocks, q, k, back)
+            return written(layer) * self._blocks(blocks, q, k, back, layer)
         method = self.config.method_of(i, "mixer")
         if method and method["bypass"] == "window":
             kept = torch.arange(len(q)) < method["sink"]
@@ -207,12 +208,14 @@ class Model:
             return written(layer) * ((back >= 0) & ((back < method["window"]) | kept))
         return written(layer) * written(mixer)
 
-    def _blocks(self, method: Method, q: Tensor, k: Tensor, back: Tensor) -> Tensor:
-        """Keys of MoBA, bool [H,T,T]: of the query's own block, and of the best earlier ones."""
+    def _blocks(self, method: Method, q: Tensor, k: Tensor, back: Tensor, layer: Decision) -> Tensor:
+        """Keys of MoBA, bool [H,T,T]: of the query's own block, and of the best earlier ones. Blocks are of rows that
+        write keys."""
         require(method["decider"] == "learned", f"blocks with decider {method['decider']} is not computed here")
-        block = torch.arange(len(q)) // method["block_size"]
+        writes = (q.new_ones(len(q)) * layer.keys).bool()
+        block = (writes.cumsum(0) - 1).clamp(min=0) // method["block_size"]
         number = torch.arange(int(block[-1]) + 1)
-        means = torch.stack([k[block == n].mean(0) for n in number])
+        means = torch.stack([k[(block == n) & writes].mean(0) for n in number])
         scores = torch.einsum("qhk,nhk->hqn", q, means).detach()
         earlier = number < block[:, None]
         order = scores.masked_fill(~earlier, -math.inf).argsort(dim=-1, descending=True, stable=True)
@@ -232,8 +235,9 @@ class Model:
         method = self.config.method_of(i, "mixer")
         if method is None or method["bypass"] == "identity":
             return torch.zeros_like(x)
-        cfg, prefix = self.config, f"model.layers.{i}.self_attn."
-        h = self._norm(x, f"model.layers.{i}.input_layernorm.weight")
+        held = f"model.layers.{self.config.weights_layer(i)}."
+        cfg, prefix = self.config, held + "self_attn."
+        h = self._norm(x, held + "input_layernorm.weight")
         v = (h @ self.params[prefix + "v_proj.weight"].T).view(len(x), cfg.num_kv_heads, cfg.head_dim)
         value = v.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, 1).flatten(1) @ self.params[
             prefix + "o_proj.weight"].T
@@ -400,10 +404,10 @@ class Model:
         names = {(i, site): name for (i, site), name in self.config.routers().items()
                  if self.config.method_of(i, site) is method}
         zero = torch.zeros((), dtype=self.dtype)
-        if method.name == "recursion" and method["choice"] == "token":
-            return self._balance(routes[f"layer{method.layers[0]}"])
         if not names or method["decider"] != "learned":
             return zero
+        if method.name == "recursion":
+            return self._balance(routes[f"layer{method.layers[0]}"]) if method["choice"] == "token" else zero
         if method.name == "moe":
             return sum(self._balance(routes[name]) for name in names.values())
         budget, target = method.options.get("budget", "none"), method.options.get("budget_target", 0.0)
@@ -437,7 +441,8 @@ class Model:
     def _balance(self, parts: Sequence[Route]) -> Tensor:
         """E sum_e f_e P_e: f the expert's part of all choices (no gradient), P its mean probability over tokens."""
         chosen = torch.cat([r.decision.chosen[r.reached] for r in parts]).sum(0).to(self.dtype)
-        probs = torch.cat([r.probs for r in parts]).mean(0)
+        probs = torch.cat([r.probs if r.decision.choice_probs is None else r.decision.choice_probs
+                           for r in parts]).mean(0)
         return len(chosen) * (chosen / chosen.sum() * probs).sum()
 
 
