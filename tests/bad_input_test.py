@@ -173,10 +173,10 @@ CONFIGS = {
     "context_zero": {"max_position_embeddings": 0},
     "eps_negative": {"rms_norm_eps": -1},
     "theta_negative": {"rope_theta": -1},
-    "rope_scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
+    "rope_scaling": {"rope_scaling": {"rope_type": "longrope", "factor": 4}},
     "activation": {"hidden_act": "gelu"},
     "model_type": {"model_type": "bert\nsecond line"},
-    "bias": {"attention_bias": True},
+    "bias": {"attention_bias": 1},
     "tie_text": {"tie_word_embeddings": "yes"},
 }
 

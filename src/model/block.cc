@@ -31,7 +31,10 @@ at::Tensor SwiGlu(const at::Tensor& h_ND, const FfnWeights& w) {
 at::Tensor Experts(const LayerWeights& layer, at::Tensor x_ND, const at::Tensor& h_ND,
                    const Plan& plan) {
   if (layer.ffn.gate.weight.defined()) {
-    x_ND = ops::AddScaled(x_ND, SwiGlu(h_ND, layer.ffn), at::Tensor());
+    const at::Tensor& gate = layer.shared_gate.weight;
+    const at::Tensor weight_N =
+        gate.defined() ? ops::Sigmoid(ops::Linear(h_ND, layer.shared_gate)).squeeze(1) : gate;
+    x_ND = ops::AddScaled(x_ND, SwiGlu(h_ND, layer.ffn), weight_N);
   }
   std::vector<at::Tensor> rows, answers, weights;
   for (size_t e = 0; e < plan.experts.size(); ++e) {

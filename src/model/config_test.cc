@@ -72,7 +72,11 @@ TEST(Config, OldAndNewRopeKeys) {
   old["rope_scaling"] = nullptr;
   old["torch_dtype"] = "float32";
   EXPECT_EQ(Parse(old).rope_theta, 5e5);
-  EXPECT_THROW(Parse(With("rope_scaling", {{"rope_type", "linear"}, {"factor", 2.0}})), Error);
+  EXPECT_THROW(Parse(With("rope_scaling", {{"rope_type", "longrope"}, {"factor", 2.0}})), Error);
+  EXPECT_THROW(Parse(With("rope_scaling", {{"rope_type", "linear"}})), Error);
+  const ModelConfig linear = Parse(With("rope_scaling", {{"type", "linear"}, {"factor", 2.0}}));
+  EXPECT_EQ(linear.rope_scaling.factor, 2.0);
+  EXPECT_EQ(ConfigToJson(Parse(ConfigToJson(linear))), ConfigToJson(linear));
   EXPECT_THROW(Parse(With("rope_parameters", {{"rope_theta", 1e4}, {"factor", 2.0}})), Error);
 }
 
@@ -115,9 +119,10 @@ TEST(Config, ErrorsNameTheKey) {
       {"rms_norm_eps", -1.0},
       {"rope_theta", 0.0},
       {"hidden_act", "gelu"},
-      {"model_type", "mistral"},
-      {"attention_bias", true},
-      {"mlp_bias", true},
+      {"model_type", "bert"},
+      {"sliding_window", 20},
+      {"attention_bias", 1},
+      {"mlp_bias", "yes"},
       {"tie_word_embeddings", 1},
       {"dtrnet_layers", 3},
       {"dtrnet_layers", {-1}},
@@ -221,6 +226,38 @@ TEST(Config, RecursionSharesWeights) {
   // Experts are welcome where no weights are shared.
   Parse(With("routing", {{{"method", "recursion"}, {"recursions", 2}},
                          {{"method", "moe"}, {"layers", {0, 3}}}}));
+}
+
+TEST(Config, Families) {
+  Json mistral = With("model_type", "mistral");
+  mistral["sliding_window"] = 64;
+  mistral["max_position_embeddings"] = 512;
+  const ModelConfig slides = Parse(mistral);
+  EXPECT_EQ(SlidingWindow(slides, 3), 64);
+  EXPECT_EQ(ConfigToJson(Parse(ConfigToJson(slides))), ConfigToJson(slides));
+  mistral["routing"] = {{"method", "dtrnet"}};
+  EXPECT_THROW(Parse(mistral), Error);
+
+  Json qwen = With("model_type", "qwen2_moe");
+  qwen["num_experts"] = 6;
+  qwen["moe_intermediate_size"] = 24;
+  qwen["shared_expert_intermediate_size"] = 40;
+  qwen["decoder_sparse_step"] = 2;
+  const ModelConfig moe = Parse(qwen);
+  EXPECT_EQ(RoutedLayers(moe), (Layers{1, 3}));
+  EXPECT_EQ(MlpShapeOf(moe, 1).expert_size, 24);
+  EXPECT_EQ(MlpShapeOf(moe, 1).size, 40);
+  EXPECT_EQ(MlpShapeOf(moe, 0).num_experts, 0);
+  EXPECT_EQ(FileName(moe, "model.layers.1.block_sparse_moe.experts.2.w1.weight"),
+            "model.layers.1.mlp.experts.2.gate_proj.weight");
+  EXPECT_EQ(FileName(moe, "model.layers.1.mlp.up_proj.weight"),
+            "model.layers.1.mlp.shared_expert.up_proj.weight");
+  EXPECT_EQ(FileName(moe, "model.layers.0.mlp.up_proj.weight"),
+            "model.layers.0.mlp.up_proj.weight");
+  EXPECT_EQ(ConfigToJson(Parse(ConfigToJson(moe))), ConfigToJson(moe));
+  EXPECT_FALSE(ConfigToJson(moe).contains("routing"));
+  EXPECT_EQ(ConfigToJson(DenseTwin(moe)).at("model_type"), "qwen2");
+  EXPECT_FALSE(ConfigToJson(DenseTwin(moe)).contains("num_experts"));
 }
 
 TEST(Config, TwoMethods) {

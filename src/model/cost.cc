@@ -72,8 +72,15 @@ double VisitedInWindow(const ops::WindowRule& rule, int64_t n, double share) {
 }
 
 /// Keys that the rows of `stream` visit under a mixer's plan.
-void CountVisited(const routing::Stream& stream, const routing::Plan& mixer, LayerRows* r) {
-  if (mixer.bypass == routing::Bypass::kWindow) {
+void CountVisited(const routing::Stream& stream, const routing::Plan& mixer, int64_t sliding_window,
+                  LayerRows* r) {
+  if (sliding_window > 0) {
+    for (const routing::Segment& s : stream.segments) {
+      for (int64_t n = 1; n <= s.end - s.begin; ++n) {
+        r->visited += static_cast<double>(std::min(n, sliding_window));
+      }
+    }
+  } else if (mixer.bypass == routing::Bypass::kWindow) {
     r->attended = r->entered;
     ops::AttendShape shape{.positions_W = stream.positions_N};
     shape.segments = RoutedSegments(stream, routing::Plan{});
@@ -110,18 +117,21 @@ int64_t RouterParameterCount(const ModelConfig& c) {
 
 int64_t ParameterCount(const ModelConfig& c) {
   const int64_t d = c.hidden_size;
-  const int64_t attention = 2 * d * (c.num_heads + c.num_kv_heads) * c.head_dim;
+  const int64_t heads = c.num_heads + 2 * c.num_kv_heads;
+  const int64_t attention = 2 * d * (c.num_heads + c.num_kv_heads) * c.head_dim +
+                            (c.qkv_bias ? heads * c.head_dim : 0) + (c.o_bias ? d : 0) +
+                            (c.qk_norm ? 2 * c.head_dim : 0);
+  const auto mlp = [&](int64_t size) { return 3 * d * size + (c.mlp_bias ? 2 * size + d : 0); };
   int64_t layers = 0, mlps = 0;
   for (int32_t l = 0; l < c.num_layers; ++l) {
     if (WeightsLayer(c, l) != l) continue;
     ++layers;
-    const LayerRouters routers(c, l);
-    const int64_t experts = routers[Site::kFfn] ? routers[Site::kFfn]->num_experts() : 0;
-    mlps += experts + (experts == 0 || HasSharedExpert(c, l));
+    const MlpShape shape = MlpShapeOf(c, l);
+    mlps += shape.num_experts * mlp(shape.expert_size) + (shape.size > 0 ? mlp(shape.size) : 0) +
+            (shape.gated ? d : 0);
   }
   const int64_t embeddings = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * d;
-  return embeddings + layers * (attention + 2 * d) + mlps * 3 * d * c.intermediate_size + d +
-         RouterParameterCount(c);
+  return embeddings + layers * (attention + 2 * d) + mlps + d + RouterParameterCount(c);
 }
 
 void LayerRows::Add(const LayerRows& other) {
@@ -144,7 +154,7 @@ std::vector<LayerRows> RowsOf(const ModelConfig& c, const routing::Stream& strea
     r.fed = RowsIn(ffn, r.entered);
     if (!ffn.experts.empty()) r.fed = 0;
     for (const routing::ExpertRows& e : ffn.experts) r.fed += static_cast<double>(e.rows.size(0));
-    CountVisited(entered, mixer, &r);
+    CountVisited(entered, mixer, SlidingWindow(c, l), &r);
     rows.push_back(r);
   }
   return rows;
@@ -161,7 +171,8 @@ std::vector<LayerRows> RowsAtShare(const ModelConfig& c, int64_t num_tokens, dou
     r.entered = within(Site::kLayer, static_cast<double>(num_tokens));
     if (routers.window.size > 0) {
       r.attended = r.entered;
-      r.visited = VisitedInWindow(routers.window, std::llround(r.entered), share);
+      r.visited = VisitedInWindow(routers.window, std::llround(r.entered),
+                                  SlidingWindow(c, l) > 0 ? 0 : share);
     } else if (routers.blocks.size > 0) {
       r.attended = r.entered;
       for (int64_t e = 0; e < std::llround(r.entered); ++e) AddBlockRow(routers.blocks, e, &r);
@@ -193,8 +204,12 @@ Flops ForwardFlops(const ModelConfig& c, int64_t num_tokens, const std::vector<L
     const bool visited = counting == Counting::kCausal || sparse;
     f.scores += 4 * q_width * (visited ? rows[l].visited : r * written);
     f.scores += 2 * q_width * rows[l].scored;
-    const double shared = routers.experts_per_row > 0 && HasSharedExpert(c, l) ? in : 0;
-    f.mlp += 6 * d * c.intermediate_size * (fed + shared);
+    const MlpShape mlp = MlpShapeOf(c, l);
+    const auto size = static_cast<double>(mlp.size);
+    f.mlp += mlp.num_experts > 0
+                 ? 6 * d * (fed * static_cast<double>(mlp.expert_size) + in * size) +
+                       (mlp.gated ? 2 * d * in : 0)
+                 : 6 * d * fed * size;
     f.router +=
         static_cast<double>(routers.FlopsPerRow(Site::kLayer)) * n +
         static_cast<double>(routers.FlopsPerRow(Site::kMixer) + routers.FlopsPerRow(Site::kFfn)) *
@@ -243,7 +258,9 @@ double KvBytes(const ModelConfig& c, int64_t num_tokens, double share) {
     const double inner = routers.Share(Site::kMixer, share);
     const double window = static_cast<double>(routers.window.size);
     const double sink = std::min(static_cast<double>(routers.window.sink), entries);
-    if (routers[Site::kMixer] && window > 0) {
+    if (SlidingWindow(c, l) > 0) {
+      entries = std::min(entries, window);
+    } else if (routers[Site::kMixer] && window > 0) {
       entries = inner * (entries - sink) + sink + std::min(entries, window);
     } else if (routers[Site::kMixer] && !routers.write_all && routers.blocks.size == 0) {
       entries *= inner;

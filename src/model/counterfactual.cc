@@ -36,16 +36,16 @@ at::Tensor AttendLeftOut(const Model& model, const LayerWeights& layer, const at
                          const Stream& stream, const Plan& plan) {
   const ModelConfig& c = model.config;
   const at::Tensor h_ND = ops::RmsNorm(x_ND, layer.input_norm, c.rms_norm_eps);
-  const at::Tensor& rope = model.RopeTable(stream);
-  const auto rotated = [&](const at::Tensor& h, const at::Tensor& rows, const ops::Matrix& w) {
-    return ops::Rope(ops::Linear(h, w), stream.positions_N.index_select(0, rows), rope, c.head_dim);
+  const auto rotated = [&](const at::Tensor& h, const at::Tensor& rows, const ops::Matrix& w,
+                           const at::Tensor& norm) {
+    return RotatedHeads(model, layer, h, w, norm, stream.positions_N.index_select(0, rows), stream);
   };
   const at::Tensor written = plan.write_all ? at::arange(plan.num_rows, at::kInt) : plan.rows_R;
   const at::Tensor h_WD = ops::GatherRows(h_ND, written);
   const at::Tensor attended = ops::AttendPrefix(
-      rotated(LeftOut(h_ND, plan), plan.bypass_rows, layer.q), rotated(h_WD, written, layer.k),
-      ops::Linear(h_WD, layer.v), Prefixes(stream, plan.bypass_rows, written), c.num_heads,
-      c.num_kv_heads, c.head_dim);
+      rotated(LeftOut(h_ND, plan), plan.bypass_rows, layer.q, layer.q_norm),
+      rotated(h_WD, written, layer.k, layer.k_norm), ops::Linear(h_WD, layer.v),
+      Prefixes(stream, plan.bypass_rows, written), c.num_heads, c.num_kv_heads, c.head_dim);
   return ops::Linear(attended, layer.o);
 }
 
@@ -90,8 +90,7 @@ ops::GatedKeys KeysOf(const Model& model, const LayerWeights& layer, const at::T
   const at::NoGradGuard no_grad;
   const ModelConfig& c = model.config;
   const at::Tensor h_ND = ops::RmsNorm(x_ND, layer.input_norm, c.rms_norm_eps);
-  return {ops::Rope(ops::Linear(h_ND, layer.k), stream.positions_N, model.RopeTable(stream),
-                    c.head_dim),
+  return {RotatedHeads(model, layer, h_ND, layer.k, layer.k_norm, stream.positions_N, stream),
           ops::Linear(h_ND, layer.v), plan.gate_N,
           plan.all_routed ? at::arange(plan.num_rows, at::kInt) : plan.rows_R,
           RoutedSegments(stream, Plan{})};

@@ -22,6 +22,11 @@ ExitRule::Kind ParseExitKind(const std::string& name) {
 
 void CheckExit(const Model& model, const ExitRule& rule) {
   if (rule.kind == ExitRule::Kind::kNone) return;
+  if (!model.config.slides.empty()) {
+    Fail("flag.exit",
+         "--exit: expected a model with full attention, this one slides a window of {}",
+         model.config.sliding_window);
+  }
   for (const routing::RoutingConfig& r : model.config.routing) {
     if (routing::FindMethod(r.method).exit_weights) continue;
     std::string names = "dense";

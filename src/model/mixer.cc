@@ -37,10 +37,9 @@ at::Tensor Attention(const Model& model, const LayerWeights& layer, const at::Te
   const ops::MixArgs args{.shape = shape,
                           .rows_R = plan.rows_R,
                           .bypass_rows = value ? plan.bypass_rows : at::Tensor()};
-  const at::Tensor& rope = model.RopeTable(stream);
-  const at::Tensor q = ops::Rope(ops::Linear(h_RD, layer.q), positions_R, rope, c.head_dim);
-  const at::Tensor k =
-      ops::Rope(ops::Linear(all_write ? h_ND : h_RD, layer.k), shape.positions_W, rope, c.head_dim);
+  const at::Tensor q = RotatedHeads(model, layer, h_RD, layer.q, layer.q_norm, positions_R, stream);
+  const at::Tensor k = RotatedHeads(model, layer, all_write ? h_ND : h_RD, layer.k, layer.k_norm,
+                                    shape.positions_W, stream);
   at::Tensor y = ops::Mix(q, k, ops::Linear(h_ND, layer.v), args);
   if (gated) {
     const bool join = args.bypass_rows.defined();
@@ -60,9 +59,8 @@ struct Heads {
         ops::KvStore* store) {
     const ModelConfig& c = model.config;
     const at::Tensor h_ND = ops::RmsNorm(x_ND, layer.input_norm, c.rms_norm_eps);
-    const at::Tensor& rope = model.RopeTable(stream);
-    q = ops::Rope(ops::Linear(h_ND, layer.q), stream.positions_N, rope, c.head_dim);
-    k = ops::Rope(ops::Linear(h_ND, layer.k), stream.positions_N, rope, c.head_dim);
+    q = RotatedHeads(model, layer, h_ND, layer.q, layer.q_norm, stream.positions_N, stream);
+    k = RotatedHeads(model, layer, h_ND, layer.k, layer.k_norm, stream.positions_N, stream);
     v = ops::Linear(h_ND, layer.v);
     shape = {c.num_heads, layer.kv_layout, stream.positions_N, RoutedSegments(stream, Plan{}),
              store};
@@ -103,6 +101,18 @@ at::Tensor AddConstant(const at::Tensor& f_ND, const Plan& plan) {
 
 }  // namespace
 
+at::Tensor RotatedHeads(const Model& model, const LayerWeights& layer, const at::Tensor& h,
+                        const ops::Matrix& w, const at::Tensor& norm, const at::Tensor& positions,
+                        const Stream& stream) {
+  const int64_t dim = model.config.head_dim;
+  at::Tensor heads = ops::Linear(h, w);
+  if (norm.defined()) {
+    const auto shape = heads.sizes().vec();
+    heads = ops::RmsNorm(heads.view({-1, dim}), norm, model.config.rms_norm_eps).view(shape);
+  }
+  return layer.rotates ? ops::Rope(heads, positions, model.RopeTable(stream), dim) : heads;
+}
+
 at::Tensor WindowAttention(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
                            const Stream& stream, const Plan& plan, ops::KvStore* store,
                            bool swapped) {
@@ -118,6 +128,13 @@ at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor
   std::optional<ops::GatedKeys> own;
   if (plan.key_gradient) own = KeysOf(model, layer, x_ND, stream, plan);
   const auto attention = [&](const Plan& p) {
+    if (layer.sliding_window > 0) {
+      const Heads heads(model, layer, x_ND, stream, store);
+      const std::vector<uint8_t> none(x_ND.size(0));
+      return ops::Linear(ops::MixWindow(heads.q, heads.k, heads.v, heads.shape,
+                                        {{layer.sliding_window, 0}, none, none}),
+                         layer.o);
+    }
     if (p.bypass == Bypass::kWindow) {
       return WindowAttention(model, layer, x_ND, stream, p, store, /*swapped=*/false);
     }

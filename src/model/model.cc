@@ -12,6 +12,7 @@
 #include "io/atomic.h"
 #include "io/sharded.h"
 #include "model/cost.h"
+#include "model/rope.h"
 #include "ops/rows.h"
 #include "routing/registry.h"
 
@@ -22,7 +23,8 @@ const at::Tensor& Model::RopeTable(const routing::Stream& stream) const {
   if (!rope_table_.defined() || rope_table_.size(0) < needed) {
     int64_t size = 256;
     while (size < needed) size *= 2;
-    rope_table_ = ops::MakeRopeTable(size, config.head_dim, config.rope_theta);
+    const RopeFrequencies rope = FrequenciesOf(config);
+    rope_table_ = ops::MakeRopeTable(size, rope.inverse, rope.scale);
   }
   return rope_table_;
 }
@@ -43,6 +45,8 @@ void ShareWeights(const LayerWeights& from, LayerWeights* to) {
   to->k = from.k;
   to->v = from.v;
   to->o = from.o;
+  to->q_norm = from.q_norm;
+  to->k_norm = from.k_norm;
   to->ffn = from.ffn;
 }
 
@@ -59,17 +63,23 @@ void ForEachTensor(Model& model, const routing::TensorVisitor& visit) {
                           [&](const std::string& name, at::Tensor& t) { visit(prefix + name, t); });
       continue;
     }
+    const auto matrix = [&](const std::string& name, ops::Matrix& m) {
+      if (!m.weight.defined()) return;
+      visit(prefix + name + ".weight", m.weight);
+      if (m.bias.defined()) visit(prefix + name + ".bias", m.bias);
+    };
     visit(prefix + "input_layernorm.weight", w.input_norm);
-    visit(prefix + "self_attn.q_proj.weight", w.q.weight);
-    visit(prefix + "self_attn.k_proj.weight", w.k.weight);
-    visit(prefix + "self_attn.v_proj.weight", w.v.weight);
-    visit(prefix + "self_attn.o_proj.weight", w.o.weight);
+    matrix("self_attn.q_proj", w.q);
+    matrix("self_attn.k_proj", w.k);
+    matrix("self_attn.v_proj", w.v);
+    matrix("self_attn.o_proj", w.o);
+    if (w.q_norm.defined()) visit(prefix + "self_attn.q_norm.weight", w.q_norm);
+    if (w.k_norm.defined()) visit(prefix + "self_attn.k_norm.weight", w.k_norm);
     visit(prefix + "post_attention_layernorm.weight", w.post_norm);
-    if (w.ffn.gate.weight.defined()) {
-      visit(prefix + "mlp.gate_proj.weight", w.ffn.gate.weight);
-      visit(prefix + "mlp.up_proj.weight", w.ffn.up.weight);
-      visit(prefix + "mlp.down_proj.weight", w.ffn.down.weight);
-    }
+    matrix("mlp.gate_proj", w.ffn.gate);
+    matrix("mlp.up_proj", w.ffn.up);
+    matrix("mlp.down_proj", w.ffn.down);
+    matrix("mlp.shared_expert_gate", w.shared_gate);
     ForEachRouterTensor(w,
                         [&](const std::string& name, at::Tensor& t) { visit(prefix + name, t); });
     for (size_t e = 0; e < w.experts.size(); ++e) {
@@ -89,8 +99,10 @@ void ForEachTensor(Model& model, const routing::TensorVisitor& visit) {
 
 KvShape KvShapeOf(const ModelConfig& c, int32_t layer) {
   KvShape shape{{c.num_kv_heads, c.head_dim}, {}};
-  shape.layout.with_positions =
-      HasRouter(c, layer, routing::Site::kLayer) || HasRouter(c, layer, routing::Site::kMixer);
+  shape.layout.with_positions = HasRouter(c, layer, routing::Site::kLayer) ||
+                                HasRouter(c, layer, routing::Site::kMixer) ||
+                                SlidingWindow(c, layer) > 0;
+  shape.window.size = SlidingWindow(c, layer);
   for (const routing::RoutingConfig& r : c.routing) {
     if (!r.HasLayer(layer)) continue;
     if (r.TextOr("bypass", "") == "window") shape.window = {r.Int("window"), r.Int("sink")};
@@ -103,12 +115,17 @@ KvShape KvShapeOf(const ModelConfig& c, int32_t layer) {
 
 namespace {
 
-FfnWeights AllocateFfn(const ModelConfig& c) {
-  FfnWeights w;
-  w.gate.weight = at::zeros({c.intermediate_size, c.hidden_size});
-  w.up.weight = at::zeros({c.intermediate_size, c.hidden_size});
-  w.down.weight = at::zeros({c.hidden_size, c.intermediate_size});
-  return w;
+ops::Matrix AllocateMatrix(int64_t outputs, int64_t inputs, bool bias) {
+  ops::Matrix m;
+  m.weight = at::zeros({outputs, inputs});
+  if (bias) m.bias = at::zeros({outputs});
+  return m;
+}
+
+FfnWeights AllocateFfn(const ModelConfig& c, int64_t size) {
+  const int64_t d = c.hidden_size;
+  return {AllocateMatrix(size, d, c.mlp_bias), AllocateMatrix(size, d, c.mlp_bias),
+          AllocateMatrix(d, size, c.mlp_bias)};
 }
 
 /// Routers of every method that has this layer; room for their experts.
@@ -140,6 +157,8 @@ Model AllocateModel(const ModelConfig& c) {
   for (int32_t l = 0; l < c.num_layers; ++l) {
     LayerWeights w;
     w.kv_layout = KvShapeOf(c, l).layout;
+    w.sliding_window = SlidingWindow(c, l);
+    w.rotates = c.without_rotation.empty() || !c.without_rotation[l];
     if (const int32_t source = WeightsLayer(c, l); source != l) {
       ShareWeights(m.layers[source], &w);
       AddRouters(c, l, &w);
@@ -148,13 +167,19 @@ Model AllocateModel(const ModelConfig& c) {
     }
     w.input_norm = at::zeros({c.hidden_size});
     w.post_norm = at::zeros({c.hidden_size});
-    w.q.weight = at::zeros({q_width, c.hidden_size});
-    w.k.weight = at::zeros({kv_width, c.hidden_size});
-    w.v.weight = at::zeros({kv_width, c.hidden_size});
-    w.o.weight = at::zeros({c.hidden_size, q_width});
+    w.q = AllocateMatrix(q_width, c.hidden_size, c.qkv_bias);
+    w.k = AllocateMatrix(kv_width, c.hidden_size, c.qkv_bias);
+    w.v = AllocateMatrix(kv_width, c.hidden_size, c.qkv_bias);
+    w.o = AllocateMatrix(c.hidden_size, q_width, c.o_bias);
+    if (c.qk_norm) {
+      w.q_norm = at::zeros({c.head_dim});
+      w.k_norm = at::zeros({c.head_dim});
+    }
     AddRouters(c, l, &w);
-    for (FfnWeights& expert : w.experts) expert = AllocateFfn(c);
-    if (w.experts.empty() || HasSharedExpert(c, l)) w.ffn = AllocateFfn(c);
+    const MlpShape mlp = MlpShapeOf(c, l);
+    for (FfnWeights& expert : w.experts) expert = AllocateFfn(c, mlp.expert_size);
+    if (mlp.size > 0) w.ffn = AllocateFfn(c, mlp.size);
+    if (mlp.gated) w.shared_gate = AllocateMatrix(1, c.hidden_size, false);
     m.layers.push_back(std::move(w));
   }
   return m;
@@ -204,7 +229,8 @@ Model LoadModel(const std::string& dir) {
   Model model = AllocateModel(LoadConfig(dir));
   const io::ShardedTensors file = io::ShardedTensors::Open(dir);
   std::set<std::string> expected;
-  ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
+  ForEachTensor(model, [&](const std::string& our_name, at::Tensor& t) {
+    const std::string name = FileName(model.config, our_name);
     expected.insert(name);
     const io::TensorInfo& info = file.Get(name);
     if (t.sizes() != at::IntArrayRef(info.shape)) {
@@ -232,7 +258,7 @@ void SaveModel(Model& model, const std::string& dir) {
   io::WriteFile(dir + "/config.json", config.dump(2) + "\n");
   std::vector<io::TensorToWrite> tensors;
   ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
-    tensors.push_back({name, io::DType::kF32, t.sizes().vec(),
+    tensors.push_back({FileName(model.config, name), io::DType::kF32, t.sizes().vec(),
                        std::as_bytes(std::span(ops::F32(t), static_cast<size_t>(t.numel())))});
   });
   io::WriteSafetensors(dir + "/model.safetensors", tensors);

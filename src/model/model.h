@@ -32,10 +32,14 @@ struct FfnWeights {
 struct LayerWeights {
   at::Tensor input_norm, post_norm;  ///< [D]
   ops::Matrix q, k, v, o;            ///< [H·K, D], [G·K, D], [G·K, D], [D, H·K]
+  at::Tensor q_norm, k_norm;         ///< [K], of each head before rotation; undefined: none
   FfnWeights ffn;                    ///< the MLP; beside experts, the one that every row takes
+  ops::Matrix shared_gate;           ///< [1, D], weighs that one beside experts; undefined: 1
   std::vector<FfnWeights> experts;   ///< empty: no experts
   std::array<std::unique_ptr<routing::Router>, 3> routers;  ///< by Site; null where nobody decides
   kernels::KvLayout kv_layout;
+  int64_t sliding_window = 0;  ///< tokens that every row sees; 0: all before it
+  bool rotates = true;         ///< queries and keys by their positions
 
   routing::Router* router(routing::Site site) const {
     return routers[static_cast<size_t>(site)].get();
@@ -106,6 +110,11 @@ at::Tensor RunLayer(const Model& model, const LayerWeights& layer, const at::Ten
 at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
                  const routing::Stream& stream, const routing::Plan& plan, ops::KvStore* store,
                  const ops::GatedKeys* gated = nullptr);
+/// Heads of rows h projected by w (queries or keys), normalised where the model does that (norm
+/// defined), and rotated to i32 positions. (mixer.cc)
+at::Tensor RotatedHeads(const Model& model, const LayerWeights& layer, const at::Tensor& h,
+                        const ops::Matrix& w, const at::Tensor& norm, const at::Tensor& positions,
+                        const routing::Stream& stream);
 /// W_O of the attention of all rows in a window and among those that stay; `swapped` as in
 /// routing::WindowRowsOf. (mixer.cc)
 at::Tensor WindowAttention(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,

@@ -314,20 +314,17 @@ at::Tensor Rope(const at::Tensor& x, const at::Tensor& positions_R, const at::Te
   return RopeFn::apply(x, positions_R, cos_sin, head_dim);
 }
 
-at::Tensor MakeRopeTable(int64_t num_positions, int64_t head_dim, double theta) {
-  const int64_t half = head_dim / 2;
+at::Tensor MakeRopeTable(int64_t num_positions, std::span<const float> inverse_frequencies,
+                         float scale) {
+  const auto half = std::ssize(inverse_frequencies);
   at::Tensor table = at::empty({num_positions, 2, half}, at::kFloat);
   float* data = F32(table);
-  std::vector<float> inv_freq(half);
-  for (int64_t i = 0; i < half; ++i) {
-    inv_freq[i] = 1.0f / static_cast<float>(std::pow(theta, static_cast<double>(2 * i) / head_dim));
-  }
   ParallelFor(0, num_positions, 256, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t i = 0; i < half; ++i) {
-        const double angle = static_cast<float>(p) * inv_freq[i];
-        data[(p * 2) * half + i] = static_cast<float>(std::cos(angle));
-        data[(p * 2 + 1) * half + i] = static_cast<float>(std::sin(angle));
+        const double angle = static_cast<float>(p) * inverse_frequencies[i];
+        data[(p * 2) * half + i] = static_cast<float>(std::cos(angle)) * scale;
+        data[(p * 2 + 1) * half + i] = static_cast<float>(std::sin(angle)) * scale;
       }
     }
   });

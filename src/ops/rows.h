@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <span>
 
 namespace detour::ops {
 
@@ -47,8 +48,9 @@ at::Tensor Embed(const at::Tensor& table_VD, const at::Tensor& ids_N);
 at::Tensor Rope(const at::Tensor& x, const at::Tensor& positions_R, const at::Tensor& cos_sin,
                 int64_t head_dim);
 
-/// cos and sin of position · theta^(−2i/K), angle formed in f32 as transformers does, for positions
-/// 0..num_positions-1.
-at::Tensor MakeRopeTable(int64_t num_positions, int64_t head_dim, double theta);
+/// cos and sin of position · inverse_frequency[i], times `scale`; the angle is formed in f32 as
+/// transformers does, for positions 0..num_positions-1. [num_positions, 2, K/2].
+at::Tensor MakeRopeTable(int64_t num_positions, std::span<const float> inverse_frequencies,
+                         float scale = 1);
 
 }  // namespace detour::ops

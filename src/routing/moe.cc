@@ -25,7 +25,10 @@ std::vector<Option> MoeOptions() {
       NumberOption("aux_loss_coeff", 0.01, 0, 1e3, "weight of the load-balance loss"),
       NumberOption("z_loss_coeff", 0, 0, 1e3, "weight of the squared log-sum-exp (ST-MoE: 1e-3)"),
       NumberOption("bias_rate", 0, 0, 1, "step of the bias that balances loads without a loss"),
-      FlagOption("shared_expert", false, "an MLP beside the experts that every token takes")};
+      IntOption("expert_size", 0, 0, 1 << 19, "hidden width of an expert; 0: the dense MLP's"),
+      FlagOption("shared_expert", false, "an MLP beside the experts that every token takes"),
+      IntOption("shared_size", 0, 0, 1 << 19, "its hidden width; 0: the dense MLP's"),
+      FlagOption("shared_gate", false, "its answer is weighed by a sigmoid of the token (Qwen)")};
   for (Option& o : ControlOptions()) options.push_back(std::move(o));
   return options;
 }
@@ -34,6 +37,10 @@ void CheckMoe(const RoutingConfig& config, std::vector<std::string>* faults) {
   if (config.Int("top_k") > config.Int("experts")) {
     faults->push_back(fmt::format("top_k: expected at most the number of experts {}, got {}",
                                   config.Int("experts"), config.Int("top_k")));
+  }
+  if (!config.Flag("shared_expert") &&
+      (config.Flag("shared_gate") || config.Int("shared_size") > 0)) {
+    faults->push_back("shared_size, shared_gate: expected shared_expert with them");
   }
 }
 

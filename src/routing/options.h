@@ -36,6 +36,7 @@ Json ResolveOptions(const std::vector<Option>& options, const Json& given,
 
 /// The `routing` object of config.json (or one of its list).
 struct RoutingConfig {
+  bool of_family = false;  ///< implied by the model's type, not written as routing
   std::string method = "dense";
   std::vector<int32_t> layers;    ///< routed layers, ascending
   Json options = Json::object();  ///< every option of the method, resolved

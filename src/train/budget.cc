@@ -34,7 +34,7 @@ Budgets::Budgets(const model::ModelConfig& c)
     const auto& sites = routing::FindMethod(method.method).sites;
     const bool value = method.TextOr("bypass", "identity") != "identity";
     const double mixer = 2 * d * (q + kv) + (value ? 0 : 2 * d * (q + kv));
-    const double ffn = 6 * d * static_cast<double>(c.intermediate_size);
+    const double ffn = 6 * d * static_cast<double>(c.intermediate_size);  // gates have no experts
     for (size_t r = 0; r < routers_.size(); ++r) {
       const Site site = routers_[r].site;
       if (!method.HasLayer(routers_[r].layer) ||
