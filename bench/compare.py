@@ -3,8 +3,8 @@
 
 Started by scripts/compare, which says more. A run is a run file with a seed; it has in the output folder NAME/ (what
 `detour train` writes), NAME.log, and NAME.json: its command, configuration, hashes, and what was measured so far. So a
-second call goes on where the first ended. All trainings come first, then the evaluations, then, one at a time on the
-quiet machine, cache and decoding.
+second call goes on where the first ended. All trainings come first, then, one at a time on the quiet machine, their
+speed, then the evaluations, then, one at a time again, cache and decoding.
 """
 import argparse
 import hashlib
@@ -14,6 +14,7 @@ import pathlib
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -269,6 +270,39 @@ def evaluate(program, data, runs, at_once, keep=lambda run: None):
         jobs.run("evaluation", todo, at_once)
 
 
+def time_training(program, runs, seconds, keep):
+    """Adds `train_tokens_per_s`: the median step of some seconds of training from each run's end on, one run at a time,
+    so that what else the machine did while the run was trained is no part of it."""
+    def after(run, folder):
+        def take(job):
+            path = folder / "metrics.jsonl"
+            if job["code"] == 0 and path.is_file():
+                records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+                steps = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
+                run["train_tokens_per_s"] = statistics.median(steps[1:] or steps)
+                keep(run)
+        return take
+
+    with tempfile.TemporaryDirectory() as folder:
+        todo = []
+        for run in runs:
+            out, seq_len = pathlib.Path(folder, run["name"]), str(tomllib.loads(run["config"])["seq_len"])
+            command = replaced(run["command"], {"--max-steps": str(2 * run["steps"] + 1000), "--out-dir": str(out),
+                                                "--resume": f"{run['out']}/latest", "--max-time": str(seconds)})
+            command += ["--log-every", "1", "--eval-every", "0", "--save-every", "0", "--eval-tokens", seq_len]
+            todo.append({"name": run["name"], "command": [program, *command[1:]], "log": f"{run['out']}.log",
+                         "after": after(run, out)})
+        jobs.run("training speed", todo, 1)
+
+
+def replaced(command, values):
+    """The command with other values of some flags."""
+    command = list(command)
+    for flag, value in values.items():
+        command[command.index(flag) + 1] = value
+    return command
+
+
 def measure(program, data, runs, lengths, keep):
     """Likewise `report`: cache and decoding, one run at a time; and the peak memory of the process that did it."""
     def after(run, path):
@@ -299,6 +333,9 @@ def carry_out(program, args, runs):
         save(run)
     train(program, runs, args.jobs)
     good = [run for run in runs if trained(run)]
+    time_training(program, [run for run in good if "train_tokens_per_s" not in run],
+                  args.speed_seconds, save)
+    good = [run for run in good if "train_tokens_per_s" in run]
     evaluate(program, args.data, [run for run in good if "eval" not in run], args.jobs, save)
 
     def measured(run):
@@ -344,6 +381,7 @@ def parse(argv):
     parser.add_argument("--equal-flops", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/compare"))
     parser.add_argument("--jobs", type=positive, default=2)
+    parser.add_argument("--speed-seconds", type=float, default=10)
     parser.add_argument("--lengths", type=lengths, default="1024,8192")
     parser.add_argument("--dry-run", action="store_true")
     return parser.parse_args(argv)

@@ -51,7 +51,7 @@ def make_row(run):
         "share_routed": evaluated["share_routed"] if gated else None,
         "flops_per_token": evaluated["flops_per_token"],
         "train_seconds": state["seconds"],
-        "train_tokens_per_s": run["tokens"] / state["seconds"],
+        "train_tokens_per_s": run["train_tokens_per_s"],
         "train_peak_rss_bytes": summary["peak_rss_bytes"],
         "eval_peak_rss_bytes": evaluated["peak_rss_bytes"],
         "decode_peak_rss_bytes": report["peak_rss_bytes"],

@@ -61,7 +61,7 @@ class World:
 
     def flags(self, *flags, out=None):
         return ["--data", shards(), "--out", out or self.out, "--max-tokens", STEPS * STEP_TOKENS - 100,
-                "--lengths", "64,256,4096", "--jobs", 1, *flags]
+                "--lengths", "64,256,4096", "--jobs", 1, "--speed-seconds", 0.2, *flags]
 
     def table(self):
         return json.loads((self.out / "table.json").read_text())
@@ -91,7 +91,7 @@ def test_rows(world):
         evaluated = json.loads(stdout)
         for key in ("loss", "bits_per_byte", "flops_per_token"):
             assert row[key] == pytest.approx(evaluated[key], rel=1e-12)
-        assert row["train_tokens_per_s"] == pytest.approx(row["tokens"] / row["train_seconds"])
+        assert row["train_tokens_per_s"] > 0 and row["train_seconds"] > 0
         assert all(row[f"{what}_peak_rss_bytes"] > 10e6 for what in ("train", "eval", "decode"))
         assert [at["length"] for at in row["lengths"]] == [64, 256]  # the model's context ends before 4096
         assert all(at["decode_tokens_per_s"] > 0 for at in row["lengths"])
