@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -94,6 +95,18 @@ Fd Fd::OpenRegular(const std::string& path, struct stat* info) {
                                    : "a device or socket");
   }
   return owned;
+}
+
+Mapping MapFile(const std::string& path) {
+  struct stat info;
+  const Fd fd = Fd::OpenRegular(path, &info);
+  const size_t size = info.st_size;
+  if (size == 0) return {};
+  void* const data = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd.get(), 0);
+  if (data == MAP_FAILED) FailErrno("io.read", path, "map");
+  return {std::shared_ptr<const void>(
+              data, [size](const void* p) { munmap(const_cast<void*>(p), size); }),
+          {static_cast<const std::byte*>(data), size}};
 }
 
 FileWriter::FileWriter(std::string path)

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include <cstddef>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -30,6 +31,15 @@ class Fd {
  private:
   int fd_;
 };
+
+/// The bytes of a file, mapped read only for as long as `owner` lives. The file must not shrink
+/// meanwhile (replacing it by a rename is fine).
+struct Mapping {
+  std::shared_ptr<const void> owner;
+  std::span<const std::byte> bytes;
+};
+/// A regular file, as Fd::OpenRegular; Error("io.read"). An empty file has no bytes.
+Mapping MapFile(const std::string& path);
 
 /// One file being written. Without Finish the destructor removes the file again: nothing
 /// half-written stays.
