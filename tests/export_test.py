@@ -21,7 +21,7 @@ from methods_test import (LENGTHS, SERVING, blocks, dllm, dtrnet, early_exit, mo
 from safetensors.numpy import load_file
 
 os.environ["HF_HOME"] = str(FOLDER / "hugging_face")  # where transformers keeps the modules that it loads
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -60,8 +60,8 @@ MORE = {
     "rope_parameters": (dtrnet(), ROPE),
 }
 CASES = SERVING | MORE
-FAMILIES = ["dtrnet_reserved", "dllm", "skip_executed", "mod_bce", "moe_bias_shared", "blocks", "recursion", "recursion_token",
-            "early_exit", "dtrnet_window", "frequency", "mod_dtrnet"]
+FAMILIES = ["dtrnet_reserved", "dllm", "skip_executed", "mod_bce", "moe_bias_shared", "blocks", "recursion",
+            "recursion_token", "early_exit", "dtrnet_window", "frequency", "mod_dtrnet"]
 
 
 def written(name, routing, keys):
@@ -93,18 +93,21 @@ def with_defaults(config):
     return [{"method": m.name, "layers": list(m.layers), **m.options} for m in methods]
 
 
-def load(directory):
+def load(directory, kind=AutoModelForCausalLM):
     """The model of an exported directory; its tensors must be those of the file."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
+    flags = {"trust_remote_code": True} if kind is AutoModelForCausalLM else {}
+    loaded, info = kind.from_pretrained(directory, output_loading_info=True, **flags)
     assert not any(info.values()), info
-    return model.eval()
+    return loaded.eval()
 
 
 @functools.cache
 def model(name):
     """(The program's directory, the exported model) of a case, random weights."""
     source = written(f"export_{name}", *CASES[name])
-    return source, load(export(source, FOLDER / f"exported_{name}"))
+    # To find and import the two files takes longer than all else: most cases share their class.
+    kind = AutoModelForCausalLM if name in FAMILIES else type(model(FAMILIES[0])[1])
+    return source, load(export(source, FOLDER / f"exported_{name}"), kind)
 
 
 @functools.cache
@@ -117,11 +120,11 @@ def expected(name):
 def padded(left, pad=7):
     """The sequences in a batch, and its mask; padding is text, for who looks at it."""
     width = max(LENGTHS)
-    ids, mask = torch.full((2, len(LENGTHS), width), pad), torch.zeros(len(LENGTHS), width, dtype=torch.long)
+    ids, mask = torch.full((len(LENGTHS), width), pad), torch.zeros(len(LENGTHS), width, dtype=torch.long)
     for b, sequence in enumerate(sequences()):
         where = slice(width - len(sequence), None) if left else slice(len(sequence))
-        ids[0, b, where], mask[b, where] = torch.tensor(sequence), 1
-    return ids[0], mask
+        ids[b, where], mask[b, where] = torch.tensor(sequence), 1
+    return ids, mask
 
 
 def assert_equal(got, mask, reference, tolerance, what):
@@ -141,12 +144,12 @@ def test_logits(name):
 @pytest.mark.parametrize("name", CASES)
 def test_padding_and_cache(name):
     """Padded left, and in pieces, of which some have no token of a sequence: what one sequence alone gives."""
-    _, exported = model(name)
+    exported = model(name)[1]
     alone = [exported(torch.tensor([s])).logits[0] for s in sequences()]
     ids, mask = padded(left=True)
     assert_equal(exported(ids, attention_mask=mask).logits, mask, alone, 1e-5, "left")
     cache, pieces, begin = None, [], 0
-    for size in (30, 1, 20, 9, 1, 1, 1, 1):
+    for size in (30, 1, 31, 1, 1):
         out = exported(ids[:, begin:begin + size], attention_mask=mask[:, :begin + size], past_key_values=cache)
         cache, begin = out.past_key_values, begin + size
         pieces.append(out.logits)
@@ -183,7 +186,7 @@ def answers(name):
     return [line["prompt_tokens"] for line in lines], [line["tokens"] for line in lines]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "dtrnet", "random", "blocks_random", "recursion_window", "dtrnet_soft_keys"])
+@pytest.mark.parametrize("name", [*FAMILIES, "dtrnet", "random", "blocks_random", "recursion_window"])
 def test_generate(name):
     """A batch of prompts, with the cache: the program's tokens, up to near ties."""
     _, exported = model(name)

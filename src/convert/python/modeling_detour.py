@@ -2,11 +2,11 @@
 
 Decisions are hard and causal: a token's depends on itself, its position and the tokens before it. Inside there is no
 padding: the real tokens of a batch are N rows, one sequence after the other, and each sequence attends to itself alone.
-Written to be read, with gathered rows and a mask per sequence; Detour's own engine is the fast one.
+Written to be read, with gathered rows and a mask per sequence; Detour's own engine is the fast one. Left out: packed
+documents, inputs_embeds, inner states as outputs, assisted generation, whatever training does beyond the loss.
 
 One class per family of methods: Gate (dtrnet, dllm, skip), TopTokens (mod), Experts (moe), Blocks, Recursion.
-early_exit changes nothing when serving. What decides holds its tensors in a module that the layer names, as the
-checkpoint does ("model.layers.3.router.…").
+early_exit serves as a dense model. Tensors are in modules of the layer that are named as in the checkpoint.
 
 Shapes: N rows, D model, H heads, G kv heads, K head dim, S cached entries of a sequence, E experts.
 """
@@ -71,9 +71,6 @@ class DetourCache(Cache):
         self.num_columns = 0  # of input_ids, padding included
         self.lengths = None  # int64 [B], of each sequence
         self.entries = {}  # layer -> {sequence: Entries}
-
-    def layer(self, i):
-        return self.entries.setdefault(i, {})
 
     def positions_of(self, real):
         """Positions [B,T] of the next columns; `real` says which are no padding, bool [B,T]."""
@@ -198,7 +195,7 @@ class Control:
 def uniform(seed, a, b, index):
     """Random numbers of Philox4x32-10 in [0, 1), float64, for `index` < 2^32 and counters a, b: tensors or ints."""
     low = 0xFFFFFFFF
-    c = [index, torch.zeros_like(index), torch.as_tensor(a, device=index.device), torch.as_tensor(b, device=index.device)]
+    c = [index, torch.zeros_like(index), torch.as_tensor(a).to(index), torch.as_tensor(b).to(index)]
     key = [seed & low, (seed >> 32) ^ (7 << 24)]  # 7: routing
     for _ in range(10):
         p, r = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # modulo 2^64
@@ -210,6 +207,8 @@ def uniform(seed, a, b, index):
 
 def add_scorer(tensors, kind, hidden, config):
     """`weight_predictor`: two logits per row."""
+    if kind not in ("mlp", "linear", "norm_mlp"):
+        raise ValueError(f"scorer: expected mlp, linear or norm_mlp, got {kind}")
     width = 2 if kind == "linear" else hidden or max(config.hidden_size // 2, 1)
     net = {"0": nn.Linear(config.hidden_size, width)}
     if kind == "norm_mlp":
@@ -293,7 +292,7 @@ class GatedMixer(Mixer):
 class Blocks(Mixer):
     """Each head sees its own block of keys and the best earlier ones (MoBA)."""
 
-    def __init__(self, method, layer):
+    def __init__(self, tensors, method, layer, config):
         self.size, self.top_k, self.layer = method["block_size"], method["top_k"], layer
         self.random, self.seed = method["decider"] == "random", method["decider_seed"]
 
@@ -324,7 +323,7 @@ class TopTokens:
             self.control = Control(tensors, method, layer, config)
             return
         if self.causal == "none":
-            raise ValueError("mod with causal \"none\": top-k looks at later tokens, so that this model cannot serve")
+            raise ValueError('mod with causal "none": top-k looks ahead, so that this model cannot serve')
         tensors.weight = nn.Parameter(torch.zeros(1, config.hidden_size))
         if self.causal == "bce":
             tensors.causal_bias = nn.Parameter(torch.zeros(1))
@@ -344,9 +343,9 @@ class SwiGlu(nn.Module):
     def __init__(self, config, gate, up, down):
         super().__init__()
         self.names = gate, up, down
-        setattr(self, gate, nn.Linear(config.hidden_size, config.intermediate_size, bias=False))
-        setattr(self, up, nn.Linear(config.hidden_size, config.intermediate_size, bias=False))
-        setattr(self, down, nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
+        narrow, wide = config.hidden_size, config.intermediate_size
+        for name, inputs, outputs in ((gate, narrow, wide), (up, narrow, wide), (down, wide, narrow)):
+            self.add_module(name, nn.Linear(inputs, outputs, bias=False))
 
     def forward(self, h):
         gate, up, down = (getattr(self, name) for name in self.names)
@@ -410,11 +409,22 @@ class Experts(Mlp):
         return y
 
 
-def tensors_of(layer, name):
-    """The module in which a router of this layer holds its tensors; two routers may share one."""
-    if not hasattr(layer, name):
-        setattr(layer, name, nn.Module())
-    return getattr(layer, name)
+# What a method decides in a layer, the module that holds its tensors there, and its class.
+ROUTERS = {
+    "dtrnet": [("mixer", "router", GatedMixer)],
+    "dllm": [("decider", "layer_router", Gate)],
+    "skip": [("mixer", "attn_router", GatedMixer), ("ffn", "mlp_router", GatedMlp)],
+    "mod": [("decider", "router", TopTokens)],
+    "moe": [("ffn", "block_sparse_moe", Experts)],
+    "blocks": [("mixer", None, Blocks)],
+}
+
+
+def tensors_of(layer, holder):
+    """The module of this name in the layer; two routers may share one."""
+    if holder is not None and not hasattr(layer, holder):
+        setattr(layer, holder, nn.Module())
+    return holder and getattr(layer, holder)
 
 
 class DetourLayer(nn.Module):
@@ -423,31 +433,16 @@ class DetourLayer(nn.Module):
     def __init__(self, config, i):
         super().__init__()
         methods = {m["method"]: m for m in config.methods_of(i)}
+        self.decider, self.mixer, self.ffn = None, Mixer(), Mlp()
+        for name, method in methods.items():
+            for place, holder, kind in ROUTERS.get(name, ()):
+                setattr(self, place, kind(tensors_of(self, holder), method, i, config))
         if config.weights_layer(i) == i:
             self.self_attn = Attention(config)
             self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             if "moe" not in methods or methods["moe"]["shared_expert"]:
                 self.mlp = SwiGlu(config, "gate_proj", "up_proj", "down_proj")
-        self.decider, self.mixer, self.ffn = None, Mixer(), Mlp()
-        self._add_routers(methods, config, i)
-
-    def _add_routers(self, methods, config, i):
-        def made(kind, prefix, name):
-            return kind(tensors_of(self, prefix), methods[name], i, config)
-
-        if "dtrnet" in methods:
-            self.mixer = made(GatedMixer, "router", "dtrnet")
-        if "skip" in methods:
-            self.mixer, self.ffn = made(GatedMixer, "attn_router", "skip"), made(GatedMlp, "mlp_router", "skip")
-        if "blocks" in methods:
-            self.mixer = Blocks(methods["blocks"], i)
-        if "moe" in methods:
-            self.ffn = made(Experts, "block_sparse_moe", "moe")
-        if "dllm" in methods:
-            self.decider = made(Gate, "layer_router", "dllm")
-        if "mod" in methods:
-            self.decider = made(TopTokens, "router", "mod")
 
     def forward(self, x, rows, entries, held):
         """x [N,D] of all rows -> the same; `held` is the layer whose weights this one uses."""
@@ -478,15 +473,13 @@ class Recursion:
         for r in range(1 if self.by_token else self.count):
             tensors = tensors_of(layers[self.layers[r * self.period]], "recursion_router")
             self.leaders.append(tensors)
-            if method["decider"] != "learned":
-                control = Control(tensors, method, self.layers[0], config)
-                self.control = self.control or control
+            if method["decider"] != "learned":  # all recursions go by the same
+                self.control = Control(tensors, method, self.layers[0], config)
                 continue
             tensors.weight = nn.Parameter(torch.zeros(self.count if self.by_token else 1, config.hidden_size))
             if not self.by_token and r > 0:
                 if method["causal"] == "none":
-                    raise ValueError("recursion with causal \"none\": top-k looks at later tokens, so that this model "
-                                     "cannot serve")
+                    raise ValueError('recursion with causal "none": top-k looks ahead, so that this model cannot serve')
                 tensors.causal_bias = nn.Parameter(torch.zeros(1))
 
     def run(self, x, rows, run_layer):
@@ -517,36 +510,32 @@ class Recursion:
         return x
 
 
-class DetourPreTrainedModel(PreTrainedModel):
-    config_class = DetourConfig
-    base_model_prefix = "model"
-
-
-class DetourModel(DetourPreTrainedModel):
+class DetourModel(nn.Module):
     """Ids to states."""
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DetourLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.recursion = Recursion(config, self.layers) if config.recursion else None
-        self.post_init()
 
     def forward(self, input_ids, attention_mask=None, cache=None):
         """Normalised states [B,T,D] of ids [B,T], 0 where the mask is 0; `cache` has what came before, and grows."""
         real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] < input_ids.shape[1]:
-                raise ValueError(f"attention_mask: expected [sequences, tokens] as input_ids, or with the tokens before "
-                                 f"them, got {tuple(attention_mask.shape)}")
+                raise ValueError(f"attention_mask: expected {tuple(input_ids.shape)}, or with the tokens before, got "
+                                 f"{tuple(attention_mask.shape)}")
             real = attention_mask[:, -input_ids.shape[1]:].to(input_ids.device) != 0
         cache = DetourCache() if cache is None else cache
         rows = self._rows(input_ids, real, cache)
         x = self.embed_tokens(rows.ids)
 
         def run_layer(i, x, rows):
-            return self.layers[i](x, rows, cache.layer(i), self.layers[self.config.weights_layer(i)])
+            held = self.layers[self.config.weights_layer(i)]
+            return self.layers[i](x, rows, cache.entries.setdefault(i, {}), held)
 
         recursive = self.recursion.layers if self.recursion else []
         for i in range(len(self.layers)):
@@ -568,7 +557,9 @@ class DetourModel(DetourPreTrainedModel):
         return Rows(input_ids[real], real.nonzero()[:, 0], positions, angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-class DetourForCausalLM(DetourPreTrainedModel, GenerationMixin):
+class DetourForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = DetourConfig
+    base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
@@ -577,19 +568,13 @@ class DetourForCausalLM(DetourPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
     @can_return_tuple
     def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
                 logits_to_keep=0):
-        """Logits [B,T,V], or of the last `logits_to_keep` tokens.
+        """Logits [B,T,V] of ids int64 [B,T], or of the last `logits_to_keep` tokens; the loss if there are labels.
 
-        input_ids int64 [B,T]; attention_mask [B,T], or longer by the tokens in the cache: 0 is padding, which is not
-        routed, seen or counted. Positions follow from it. labels as Llama's: -100 has no loss.
+        attention_mask: [B,T], or longer by the tokens in the cache. 0 is padding, which is not routed, seen or counted;
+        positions follow from it.
         """
         if past_key_values is not None and not isinstance(past_key_values, DetourCache):
             raise ValueError(f"past_key_values: expected a DetourCache, got {type(past_key_values).__name__}")
@@ -599,9 +584,7 @@ class DetourForCausalLM(DetourPreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep if logits_to_keep else None, None)
         logits = self.lm_head(states[:, logits_to_keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -609,3 +592,8 @@ class DetourForCausalLM(DetourPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DetourCache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """Without what transformers 4 adds: positions follow from the mask and the cache."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {k: v for k, v in inputs.items() if v is not None and k not in ("position_ids", "cache_position")}
