@@ -30,7 +30,7 @@ namespace fs = std::filesystem;
 namespace {
 
 /// Training text on which the ratio controller makes its last move: a tenth of the run's, within
-/// these bounds. Shares of documents differ; 32,768 tokens of them may miss by a point.
+/// these bounds. Shares of documents differ: more of them give a truer mean.
 constexpr int64_t kMinSettleTokens = 32768, kMaxSettleTokens = 131072;
 
 bool HasShiftableRouter(model::Model& model) {
