@@ -157,15 +157,21 @@ TEST(TokenizerJson, NamesWhatItDoesNotRead) {
     json[Json::json_pointer(pointer)] = std::move(value);
     return LoadError(json);
   };
-  EXPECT_HAS(with("/normalizer", {{"type", "NFC"}}), "unsupported normalizer \"NFC\"");
-  EXPECT_HAS(with("/pre_tokenizer", {{"type", "Metaspace"}}), "\"Metaspace\"");
-  EXPECT_HAS(with("/pre_tokenizer", nullptr), "pre_tokenizer");
+  EXPECT_HAS(with("/normalizer", {{"type", "Nmt"}}), "unsupported normalizer \"Nmt\"");
+  EXPECT_HAS(with("/pre_tokenizer", {{"type", "UnicodeScripts"}}),
+             "unsupported pre_tokenizer \"UnicodeScripts\"");
   EXPECT_HAS(with("/decoder", {{"type", "WordPiece"}}), "\"WordPiece\"");
   EXPECT_HAS(with("/model/type", "Unigram"), "\"Unigram\"");
-  EXPECT_HAS(with("/model/byte_fallback", true), "byte_fallback");
   EXPECT_HAS(with("/model/dropout", 0.1), "dropout");
-  EXPECT_HAS(with("/model/end_of_word_suffix", "</w>"), "end_of_word_suffix");
-  EXPECT_HAS(with("/post_processor", {{"type", "RobertaProcessing"}}), "\"RobertaProcessing\"");
+  EXPECT_HAS(with("/decoder", nullptr), "unsupported decoder \"null\"");
+  EXPECT_HAS(with("/post_processor", {{"type", "Nosuch"}}), "unsupported post_processor");
+  EXPECT_HAS(with("/pre_tokenizer", {{"type", "Punctuation"}, {"behavior", "Nosuch"}}),
+             "unsupported behavior \"Nosuch\"");
+  const auto metaspace = [](const char* scheme) -> Json {
+    return {{"type", "Metaspace"}, {"replacement", "_"}, {"prepend_scheme", scheme}};
+  };
+  EXPECT_HAS(with("/pre_tokenizer", metaspace("nosuch")), "unsupported prepend_scheme \"nosuch\"");
+  EXPECT_EQ(with("/pre_tokenizer", metaspace("first")), "no error");
   const auto pattern = [&](const char* regex) {
     return with("/pre_tokenizer",
                 {{"type", "Sequence"},
@@ -261,7 +267,7 @@ TEST(Trainer, BlocksDoNotChangeTheCounts) {
     size_t end = text.find('\xFF', at);
     if (end == std::string::npos) end = text.size();
     if (end > at) {
-      pretokenizer.Split(std::string_view(text).substr(at, end - at), &scratch,
+      pretokenizer.Split(std::string_view(text).substr(at, end - at), {}, &scratch,
                          [&](std::string_view) { ++expected; });
     }
     at = end + 1;
