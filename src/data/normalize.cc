@@ -7,9 +7,6 @@
 namespace detour::data {
 namespace {
 
-// A few steps that each multiply the text could otherwise ask for any amount of memory.
-constexpr size_t kMaxTextBytes = size_t{1} << 32;
-
 size_t FirstLength(std::string_view text) { return text.empty() ? 0 : ReadUtf8Head(text).length; }
 
 std::string StripAccents(std::string_view text) {
@@ -42,7 +39,7 @@ Replacer::Replacer(const std::string& pattern, bool is_regex, std::string conten
   if (is_regex) regex_ = std::make_unique<Regex>(OnigurumaToPcre(pattern));
 }
 
-std::string Replacer::Apply(std::string_view text, PieceStart* start,
+std::string Replacer::Apply(std::string_view text, size_t max_bytes, PieceStart* start,
                             Regex::Scratch* scratch) const {
   std::string out;
   if (text.empty()) return out;
@@ -58,8 +55,8 @@ std::string Replacer::Apply(std::string_view text, PieceStart* start,
       }
     }
     out += part;
-    if (out.size() > kMaxTextBytes) {
-      Fail("data.tokenizer", "a Replace makes more than {} bytes of a text", kMaxTextBytes);
+    if (out.size() > max_bytes) {
+      Fail("data.tokenizer", "a Replace makes more than {} bytes of a text", max_bytes);
     }
   };
   if (regex_ == nullptr) {
@@ -118,7 +115,7 @@ std::string Normalizer::Run(std::string_view text, PieceStart* start,
         if (first) start->of_first += step.spec.content.size();
         break;
       case Kind::kReplace:
-        now = step.replacer->Apply(now, start, scratch);
+        now = step.replacer->Apply(now, MaxReplacedBytes(text.size()), start, scratch);
         break;
       case Kind::kByteLevel: {
         const std::string_view head = std::string_view(now).substr(0, start->of_first);

@@ -1,6 +1,7 @@
 // Changes text as the `normalizer` of a tokenizer.json says.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -11,6 +12,12 @@
 
 namespace detour::data {
 
+/// How long a text of `num_bytes` may become: a few steps that each multiply it could otherwise ask
+/// for any amount of memory.
+inline size_t MaxReplacedBytes(size_t num_bytes) {
+  return std::max(size_t{1} << 24, 64 * num_bytes);
+}
+
 /// Replaces what a pattern finds.
 class Replacer {
  public:
@@ -19,8 +26,10 @@ class Replacer {
   Replacer(const std::string& pattern, bool is_regex, std::string content);
 
   /// `text` (well-formed UTF-8) with every match replaced. `start`, if not null, is kept up to
-  /// date. `scratch` may be null: then a regular expression makes its own, which is slow.
-  std::string Apply(std::string_view text, PieceStart* start, Regex::Scratch* scratch) const;
+  /// date. `scratch` may be null: then a regular expression makes its own, which is slow. Error if
+  /// the result is longer than `max_bytes`.
+  std::string Apply(std::string_view text, size_t max_bytes, PieceStart* start,
+                    Regex::Scratch* scratch) const;
 
  private:
   std::string literal_, content_;

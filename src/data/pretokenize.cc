@@ -344,8 +344,10 @@ void Pretokenizer::Cut(size_t step_idx, std::string_view piece, PieceStart start
                        const Call& call) const {
   const PretokenStep& step = steps_[step_idx].spec;
   const Regex* regex = steps_[step_idx].regex.get();
+  const bool emits = step_idx + 1 == steps_.size() && !step.byte_characters;
   const auto next = [&](size_t begin, size_t end) {
     const std::string_view part = piece.substr(begin, end - begin);
+    if (emits) return call.emit(part);  // never empty: flush passes none on
     PieceStart part_start = start.Part(begin);
     if (!step.byte_characters) return Run(step_idx + 1, part, part_start, call);
     part_start.of_first = ToByteCharacters(part.substr(0, part_start.of_first)).size();

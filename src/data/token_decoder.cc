@@ -7,6 +7,9 @@ namespace {
 
 using Kind = DecodeStep::Kind;
 
+// Every token of a vocabulary goes through the chain when it is loaded.
+constexpr size_t kMaxTokenBytes = size_t{1} << 12;
+
 bool Joins(Kind kind) { return kind == Kind::kByteLevel || kind == Kind::kFuse; }
 
 void ReplaceAll(std::string_view from, std::string_view to, std::string* text) {
@@ -102,7 +105,7 @@ bool TokenDecoder::IsByteLevel() const {
   return steps_.size() == 1 && steps_[0].spec.kind == Kind::kByteLevel;
 }
 
-void TokenDecoder::Apply(const Step& step, std::vector<std::string>* tokens) const {
+void TokenDecoder::Apply(const Step& step, size_t max_bytes, std::vector<std::string>* tokens) {
   const std::string& content = step.spec.content;
   switch (step.spec.kind) {
     case Kind::kByteLevel:
@@ -124,7 +127,7 @@ void TokenDecoder::Apply(const Step& step, std::vector<std::string>* tokens) con
         std::string_view rest = token;
         while (!rest.empty()) {
           const size_t valid = ValidUtf8Prefix(rest);
-          out += step.replacer->Apply(rest.substr(0, valid), nullptr, nullptr);
+          out += step.replacer->Apply(rest.substr(0, valid), max_bytes, nullptr, nullptr);
           rest.remove_prefix(valid);
           if (rest.empty()) break;
           const int length = ReadUtf8Head(rest).length;
@@ -151,26 +154,31 @@ void TokenDecoder::Apply(const Step& step, std::vector<std::string>* tokens) con
 }
 
 std::string TokenDecoder::Token(std::string_view token) const {
+  const size_t max_bytes = std::max(kMaxTokenBytes, 64 * token.size());
   // Between two others, neither the first nor the last, and not next to a byte token.
   std::vector<std::string> tokens = {"-", std::string(token), "-"};
   if (num_before_join_ > 0 && Joins(steps_[num_before_join_ - 1].spec.kind)) {
-    for (size_t i = 0; i + 1 < num_before_join_; ++i) Apply(steps_[i], &tokens);
+    for (size_t i = 0; i + 1 < num_before_join_; ++i) Apply(steps_[i], max_bytes, &tokens);
     tokens = {std::move(tokens[1])};
-    Apply(steps_[num_before_join_ - 1], &tokens);
+    Apply(steps_[num_before_join_ - 1], max_bytes, &tokens);
     return std::move(tokens[0]);
   }
-  for (size_t i = 0; i < num_before_join_; ++i) Apply(steps_[i], &tokens);
+  for (size_t i = 0; i < num_before_join_; ++i) Apply(steps_[i], max_bytes, &tokens);
   return std::move(tokens[1]);
 }
 
 std::string TokenDecoder::Finish(std::string text) const {
+  const size_t max_bytes = MaxReplacedBytes(text.size());
   std::vector<std::string> tokens = {std::move(text)};
-  for (size_t i = num_before_join_; i < steps_.size(); ++i) Apply(steps_[i], &tokens);
+  for (size_t i = num_before_join_; i < steps_.size(); ++i) Apply(steps_[i], max_bytes, &tokens);
   return std::move(tokens[0]);
 }
 
 std::string TokenDecoder::Decode(std::vector<std::string> tokens) const {
-  for (const Step& step : steps_) Apply(step, &tokens);
+  size_t num_bytes = 0;
+  for (const std::string& token : tokens) num_bytes += token.size();
+  const size_t max_bytes = MaxReplacedBytes(num_bytes);
+  for (const Step& step : steps_) Apply(step, max_bytes, &tokens);
   std::string text;
   for (const std::string& token : tokens) text += token;
   return text;

@@ -51,7 +51,7 @@ class TokenDecoder {
     DecodeStep spec;
     std::unique_ptr<Replacer> replacer;
   };
-  void Apply(const Step& step, std::vector<std::string>* tokens) const;
+  static void Apply(const Step& step, size_t max_bytes, std::vector<std::string>* tokens);
 
   std::vector<Step> steps_;
   size_t num_before_join_;  // steps up to the first that joins, or all

@@ -295,6 +295,21 @@ TEST(TokenizerJson, AddedTokensThatNormalizeToNothingOrTheSame) {
   EXPECT_HAS(LoadError(json), "the same as another");
 }
 
+TEST(TokenizerJson, ReplacesThatMultiplyEndInAnError) {
+  Json twice = Json::array();
+  for (int i = 0; i < 60; ++i) {
+    twice.push_back({{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}});
+  }
+  Json json = FileJson();
+  json["normalizer"] = {{"type", "Sequence"}, {"normalizers", twice}};
+  const auto tokenizer = LoadTokenizerJson(json.dump(), "x.json");
+  EXPECT_EQ(tokenizer->Decode(tokenizer->Encode("the")), "the");
+  EXPECT_THROW(tokenizer->Encode("a"), Error);
+  json = FileJson();
+  json["decoder"] = {{"type", "Sequence"}, {"decoders", twice}};
+  EXPECT_HAS(LoadError(json), "a Replace makes more than");
+}
+
 TEST(Unicode, NewCharactersHaveOldOnesOfTheirLength) {
   EXPECT_FALSE(HasNewCharacter("abc état 世界 👩 ٣"));
   for (const char* text : {"\u0897", "a\u1C89b", "\U00031350", "世\U0001FAE9 "}) {
