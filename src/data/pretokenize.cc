@@ -3,13 +3,39 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "core/json.h"
+#include "data/unicode.h"
 
 namespace detour::data {
 
 const char kGpt2Pattern[] =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+// \w of Rust's regex, which is not Oniguruma's, spelled out.
+const char kWordsPattern[] =
+    R"([\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]+|[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\s]+)";
+
+const std::array<std::string, 256>& ByteCharacters() {
+  static const std::array<std::string, 256> characters = [] {
+    std::array<std::string, 256> table;
+    uint32_t next = 256;
+    for (uint32_t b = 0; b < 256; ++b) {
+      const bool printable = (b >= '!' && b <= '~') || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
+      AppendUtf8(printable ? b : next++, &table[b]);
+    }
+    return table;
+  }();
+  return characters;
+}
+
+std::string ToByteCharacters(std::string_view text) {
+  std::string out;
+  out.reserve(text.size() + text.size() / 2);
+  for (const char c : text) out += ByteCharacters()[static_cast<uint8_t>(c)];
+  return out;
+}
 
 namespace {
 
@@ -202,15 +228,16 @@ bool Regex::Find(std::string_view text, size_t start, Scratch* scratch, Match* m
 
 Pretokenizer::Pretokenizer(const std::vector<PretokenStep>& steps) {
   for (const PretokenStep& step : steps) {
-    auto regex =
-        step.pattern.empty() ? nullptr : std::make_unique<Regex>(OnigurumaToPcre(step.pattern));
+    auto regex = step.separator != Separator::kRegex || step.pattern.empty()
+                     ? nullptr
+                     : std::make_unique<Regex>(OnigurumaToPcre(step.pattern));
     steps_.push_back({step, std::move(regex)});
   }
 }
 
-void Pretokenizer::Split(std::string_view text, Regex::Scratch* scratch,
+void Pretokenizer::Split(std::string_view text, PieceStart start, Regex::Scratch* scratch,
                          const PieceFn& emit) const {
-  Run(0, text, scratch, emit);
+  Run(0, text, start, {scratch, emit, HasNewCharacter(text)});
 }
 
 namespace {
@@ -231,31 +258,113 @@ bool Joins(SplitBehavior behavior, bool previous_match, bool match) {
   return false;
 }
 
+template <typename F>
+void ForEachOfKind(bool (*is_kind)(uint32_t), std::string_view text, F&& f) {
+  size_t done = 0;
+  ForEachCharacter(text, [&](uint32_t c, size_t begin, size_t end) {
+    if (!is_kind(c)) return;
+    if (done < begin) f(done, begin, false);
+    f(begin, end, true);
+    done = end;
+  });
+  if (done < text.size()) f(done, text.size(), false);
+}
+
+template <typename F>
+void ForEachSeparator(const PretokenStep& step, const Regex* regex, std::string_view text,
+                      Regex::Scratch* scratch, F&& f) {
+  switch (step.separator) {
+    case Separator::kRegex:
+      return ForEachMatch(*regex, text, scratch, f);
+    case Separator::kText:
+      return ForEachLiteral(step.pattern, text, f);
+    case Separator::kNumeric:
+      return ForEachOfKind(IsNumeric, text, f);
+    case Separator::kPunctuation:
+      return ForEachOfKind(IsPunctuation, text, f);
+    case Separator::kWhiteSpace:
+      return ForEachOfKind(IsWhiteSpace, text, f);
+  }
+}
+
+/// `piece` with a mark for each ' ' and perhaps one in front.
+std::string Mark(const PretokenStep& step, std::string_view piece, PieceStart* start) {
+  const bool add =
+      !start->continues && (step.prepend == PrependScheme::kAlways ||
+                            (step.prepend == PrependScheme::kFirst && start->of_first));
+  std::string out;
+  out.reserve(piece.size() + piece.size() / 2 + step.metaspace.size());
+  size_t of_first = 0;
+  ForEachLiteral(" ", piece, [&](size_t begin, size_t end, bool is_space) {
+    if (start->of_first > begin) {
+      of_first = is_space ? out.size() + step.metaspace.size()
+                          : out.size() + std::min(start->of_first, end) - begin;
+    }
+    out += is_space ? std::string_view(step.metaspace) : piece.substr(begin, end - begin);
+  });
+  if (add && !out.starts_with(step.metaspace)) {
+    out.insert(0, step.metaspace);
+    if (of_first > 0) of_first += step.metaspace.size();
+  }
+  start->of_first = of_first;
+  return out;
+}
+
 }  // namespace
 
-void Pretokenizer::Run(size_t step_idx, std::string_view piece, Regex::Scratch* scratch,
-                       const PieceFn& emit) const {
+void Pretokenizer::Run(size_t step_idx, std::string_view piece, PieceStart start,
+                       const Call& call) const {
   if (piece.empty()) return;
-  if (step_idx == steps_.size()) return emit(piece);
-  const Step& step = steps_[step_idx];
-  std::string prefixed;
-  if (step.spec.add_prefix_space && piece.front() != ' ') {
+  if (step_idx == steps_.size()) return call.emit(piece);
+  const PretokenStep& step = steps_[step_idx].spec;
+  if (!step.metaspace.empty()) {
+    const std::string marked = Mark(step, piece, &start);
+    if (!step.split) return Run(step_idx + 1, marked, start, call);
+    size_t begin = 0;
+    while (begin < marked.size()) {
+      size_t end = marked.find(step.metaspace, begin + 1);
+      if (end == std::string::npos) end = marked.size();
+      Run(step_idx + 1, std::string_view(marked).substr(begin, end - begin), start.Part(begin),
+          call);
+      begin = end;
+    }
+    return;
+  }
+  if (step.add_prefix_space && piece.front() != ' ' && !start.continues) {
+    std::string prefixed;
     prefixed.reserve(piece.size() + 1);
     prefixed.append(" ").append(piece);
-    piece = prefixed;
+    if (start.of_first > 0) ++start.of_first;
+    return Cut(step_idx, prefixed, start, call);
   }
-  if (step.regex == nullptr) return Run(step_idx + 1, piece, scratch, emit);
+  Cut(step_idx, piece, start, call);
+}
+
+void Pretokenizer::Cut(size_t step_idx, std::string_view piece, PieceStart start,
+                       const Call& call) const {
+  const PretokenStep& step = steps_[step_idx].spec;
+  const Regex* regex = steps_[step_idx].regex.get();
+  const bool emits = step_idx + 1 == steps_.size() && !step.byte_characters;
+  const auto next = [&](size_t begin, size_t end) {
+    const std::string_view part = piece.substr(begin, end - begin);
+    if (emits) return call.emit(part);  // never empty: flush passes none on
+    PieceStart part_start = start.Part(begin);
+    if (!step.byte_characters) return Run(step_idx + 1, part, part_start, call);
+    part_start.of_first = ToByteCharacters(part.substr(0, part_start.of_first)).size();
+    Run(step_idx + 1, ToByteCharacters(part), part_start, call);
+  };
+  if (step.separator == Separator::kRegex && regex == nullptr) return next(0, piece.size());
 
   Regex::Match pending;
   bool pending_match = false;
   const auto flush = [&] {
     if (pending.begin == pending.end) return;
-    if (pending_match && step.spec.behavior == SplitBehavior::kRemoved) return;
-    Run(step_idx + 1, piece.substr(pending.begin, pending.end - pending.begin), scratch, emit);
+    if (pending_match && step.behavior == SplitBehavior::kRemoved) return;
+    next(pending.begin, pending.end);
   };
   const auto add = [&](size_t begin, size_t end, bool match) {
-    match ^= step.spec.invert;
-    if (Joins(step.spec.behavior, pending_match, match) && begin > 0) {
+    match ^= step.invert;
+    if (Joins(step.behavior, pending_match, match) && begin > 0) {
       pending.end = end;
     } else {
       flush();
@@ -263,22 +372,9 @@ void Pretokenizer::Run(size_t step_idx, std::string_view piece, Regex::Scratch* 
     }
     pending_match = match;
   };
-  size_t done = 0, start = 0;
-  bool matched_before = false;
-  Regex::Match match;
-  while (start <= piece.size() && step.regex->Find(piece, start, scratch, &match)) {
-    // An empty match right behind the last match does not count.
-    if (match.begin == match.end && matched_before && match.begin == done) {
-      start = match.end + 1;
-      while (start < piece.size() && (piece[start] & 0xC0) == 0x80) ++start;
-      continue;
-    }
-    if (done < match.begin) add(done, match.begin, false);
-    add(match.begin, match.end, true);
-    done = start = match.end;
-    matched_before = true;
-  }
-  if (done < piece.size()) add(done, piece.size(), false);
+  std::string old;
+  if (call.has_new && regex != nullptr) old = ReplaceNewCharacters(piece);
+  ForEachSeparator(step, regex, old.empty() ? piece : std::string_view(old), call.scratch, add);
   flush();
 }
 

@@ -1,5 +1,5 @@
-// Text <-> token ids. One interface over Hugging Face byte-level BPE (tokenizer.json) and
-// SentencePiece (tokenizer.model).
+// Text <-> token ids. One interface over Hugging Face BPE (tokenizer.json), SentencePiece
+// (tokenizer.model) and the tokenizer in a GGUF file.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 #include <vector>
 
 namespace detour::data {
+
+struct GgufTokenizer;
 
 struct EncodeOptions {
   /// Put bos/eos around the text where the tokenizer's post-processor says so.
@@ -26,20 +28,24 @@ class Tokenizer {
   /// `path`: a directory with tokenizer.json or else tokenizer.model, or one such file.
   /// tokenizer_config.json beside it, if any, names bos, eos and pad.
   static std::unique_ptr<Tokenizer> Load(const std::string& path);
+  /// From a GGUF file's metadata (gguf_tokenizer.h); `name` is used in messages.
+  static std::unique_ptr<Tokenizer> FromGguf(const GgufTokenizer& gguf, const std::string& name);
   virtual ~Tokenizer() = default;
 
-  /// Any bytes. Byte-level BPE: for valid UTF-8 the ids of the `tokenizers` package; a byte-level
-  /// vocabulary with all 256 bytes gives every input back in Decode. Bytes that are not UTF-8 split
-  /// the text: each maximal run of them is a pre-token of its own, one token per byte.
+  /// Any bytes. BPE: for valid UTF-8 the ids of the `tokenizers` package; a byte-level vocabulary
+  /// with all 256 bytes and no normalizer gives every input back in Decode. Bytes that are not
+  /// UTF-8 split the text: each maximal run of them is a pre-token of its own, one token per byte
+  /// (byte-level or byte fallback; else the unknown token), and nothing is put in front of the text
+  /// behind it.
   std::vector<int32_t> Encode(std::string_view text, const EncodeOptions& options = {}) const {
     return EncodeText(text, options);
   }
-  /// The bytes of `ids` in a row; `skip_special` leaves special tokens out. An id without a token
-  /// (out of range) is an Error.
+  /// The text of `ids`, made as the tokenizer's decoder says; `skip_special` leaves special tokens
+  /// out. Bytes that are not UTF-8 stay as they are. An id out of range is an Error.
   std::string Decode(std::span<const int32_t> ids, bool skip_special = false) const {
     return DecodeIds(ids, skip_special);
   }
-  /// The bytes of one token; may be part of a UTF-8 character (see Utf8Stream).
+  /// What a token amid others contributes; may be part of a UTF-8 character (see Utf8Stream).
   virtual std::string DecodeToken(int32_t id) const = 0;
   /// The token as its file spells it ("Ġthe", "▁the", "<|endoftext|>"): for people, not for text.
   virtual std::string TokenText(int32_t id) const = 0;
@@ -53,7 +59,8 @@ class Tokenizer {
   std::optional<int32_t> bos_id() const { return bos_id_; }
   std::optional<int32_t> eos_id() const { return eos_id_; }
   std::optional<int32_t> pad_id() const { return pad_id_; }
-  /// SHA-256 (hex) of the tokenizer file: names the tokenizer in manifests.
+  /// SHA-256 (hex) of the tokenizer file, or of the tokenizer.json that says the same as a GGUF:
+  /// names the tokenizer in manifests.
   const std::string& fingerprint() const { return fingerprint_; }
 
  protected:
@@ -78,7 +85,7 @@ class Tokenizer {
 /// model.
 std::vector<std::string> TokenizerFiles(const std::string& path);
 
-/// Byte-level BPE from the text of a tokenizer.json; `name` is used in messages.
+/// BPE from the text of a tokenizer.json; `name` is used in messages.
 std::unique_ptr<Tokenizer> LoadTokenizerJson(std::string_view json, const std::string& name);
 
 /// SentencePiece from the bytes of a tokenizer.model; `name` is used in messages.

@@ -1,11 +1,12 @@
-// tokenizer.json of the byte-level BPE family: reader and writer.
+// tokenizer.json with a BPE model: reader and writer.
 #include <algorithm>
+#include <numeric>
 #include <unordered_map>
 
 #include "core/error.h"
 #include "core/json.h"
 #include "data/bpe_tokenizer.h"
-#include "data/utf8.h"
+#include "data/tokenizer_pipeline.h"
 
 namespace detour::data {
 namespace {
@@ -23,15 +24,8 @@ class Reader {
     if (!root_.is_object()) Bad("expected an object");
     const Json& model = Object(root_, "model");
     ReadModel(model);
-    if (HasKey(root_, "normalizer", name_)) {
-      const Json& normalizer = root_["normalizer"];
-      const auto parts = Parts(normalizer, "normalizer", "normalizers");
-      if (!parts.empty()) Unsupported("normalizer", Type(*parts[0], "normalizer"), "none");
-    }
-    ReadPretokenizer();
-    ReadDecoder();
     ReadAddedTokens();
-    ReadPostprocessor();
+    ReadPipeline(root_, name_, &spec_);
     return std::move(spec_);
   }
 
@@ -42,7 +36,7 @@ class Reader {
   }
   [[noreturn]] void Unsupported(const char* what, const std::string& got,
                                 const char* supported) const {
-    Bad("unsupported {} \"{}\"; read here: {} (byte-level BPE)", what, Printable(got), supported);
+    Bad("unsupported {} \"{}\"; read here: {}", what, Printable(got), supported);
   }
   std::string In(std::string_view where) const { return fmt::format("{}: {}", name_, where); }
 
@@ -51,43 +45,22 @@ class Reader {
       Bad("expected an object \"{}\"", key);
     return parent[key];
   }
-  std::string Type(const Json& component, const char* where) const {
-    return GetString(component, "type", In(where));
-  }
-
-  /// A component, or those of a Sequence (of Sequences), in order.
-  std::vector<const Json*> Parts(const Json& component, const char* where, const char* key) const {
-    if (Type(component, where) != "Sequence") return {&component};
-    if (!HasKey(component, key, name_) || !component[key].is_array()) {
-      Bad("expected an array \"{}\" in the {} Sequence", key, where);
-    }
-    std::vector<const Json*> parts;
-    for (const Json& part : component[key]) {
-      const auto inner = Parts(part, where, key);
-      parts.insert(parts.end(), inner.begin(), inner.end());
-    }
-    return parts;
-  }
-
   void ReadModel(const Json& model) {
     const std::string where = In("model");
     const std::string type = GetStringOr(model, "type", where, "BPE");
     if (type != "BPE") Unsupported("model", type, "BPE");
-    if (GetDoubleOr(model, "dropout", where, 0) != 0)
-      Unsupported("model option", "dropout", "none");
-    for (const char* affix : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-      if (!GetStringOr(model, affix, where, "").empty()) {
-        Unsupported("model option", affix, "an empty one");
-      }
+    if (GetDoubleOr(model, "dropout", where, 0) != 0) {
+      Unsupported("model option", "dropout", "0: ids must not depend on chance");
     }
-    if (GetBoolOr(model, "byte_fallback", where, false)) {
-      Unsupported("model option", "byte_fallback", "byte_fallback false");
-    }
+    spec_.continuing_subword_prefix = GetStringOr(model, "continuing_subword_prefix", where, "");
+    spec_.end_of_word_suffix = GetStringOr(model, "end_of_word_suffix", where, "");
+    spec_.byte_fallback = GetBoolOr(model, "byte_fallback", where, false);
     spec_.ignore_merges = GetBoolOr(model, "ignore_merges", where, false);
     spec_.fuse_unk = GetBoolOr(model, "fuse_unk", where, false);
     ReadVocab(Object(model, "vocab"));
-    if (HasKey(model, "unk_token", where)) {
-      spec_.unk_id = IdOf(GetString(model, "unk_token", where), "unk_token");
+    // Some files write "" for none.
+    if (const std::string unk = GetStringOr(model, "unk_token", where, ""); !unk.empty()) {
+      spec_.unk_id = IdOf(unk, "unk_token");
     }
     if (!HasKey(model, "merges", where) || !model["merges"].is_array()) {
       Bad("expected an array \"merges\"");
@@ -148,73 +121,14 @@ class Reader {
             Printable(merge.dump(-1, ' ', true)));
       }
       const int32_t left_id = IdOf(left, "a merge"), right_id = IdOf(right, "a merge");
-      IdOf(left + right, "a merge");
+      const auto merged = MergedToken(spec_, left, right);
+      if (!merged) {
+        Bad("merge \"{}\" \"{}\": the second has not the continuing_subword_prefix",
+            Printable(left), Printable(right));
+      }
+      IdOf(*merged, "a merge");
       spec_.merges.emplace_back(left_id, right_id);
     }
-  }
-
-  void ReadPretokenizer() {
-    constexpr const char* kKnown = "ByteLevel, Split, Digits, Sequence";
-    if (!HasKey(root_, "pre_tokenizer", name_)) Unsupported("pre_tokenizer", "null", kKnown);
-    bool byte_level = false;
-    for (const Json* part : Parts(root_["pre_tokenizer"], "pre_tokenizer", "pretokenizers")) {
-      const std::string where = In("pre_tokenizer"), type = Type(*part, "pre_tokenizer");
-      if (byte_level)
-        Bad("a pre_tokenizer \"{}\" after ByteLevel: ByteLevel must be last", Printable(type));
-      PretokenStep step;
-      if (type == "ByteLevel") {
-        byte_level = true;
-        step.add_prefix_space = GetBoolOr(*part, "add_prefix_space", where, true);
-        if (GetBoolOr(*part, "use_regex", where, true)) step.pattern = kGpt2Pattern;
-      } else if (type == "Split") {
-        step.pattern = Pattern(*part);
-        step.behavior = Behavior(GetString(*part, "behavior", where));
-        step.invert = GetBoolOr(*part, "invert", where, false);
-      } else if (type == "Digits") {
-        step.pattern = GetBoolOr(*part, "individual_digits", where, false) ? "\\p{N}" : "\\p{N}+";
-      } else {
-        Unsupported("pre_tokenizer", type, kKnown);
-      }
-      spec_.pretokenize.push_back(std::move(step));
-    }
-    if (!byte_level) Unsupported("pre_tokenizer", "without ByteLevel", kKnown);
-  }
-
-  std::string Pattern(const Json& split) const {
-    const Json& pattern = Object(split, "pattern");
-    std::string text;
-    if (HasKey(pattern, "Regex", name_)) {
-      text = GetString(pattern, "Regex", In("pattern"));
-    } else {
-      for (const char c : GetString(pattern, "String", In("pattern"))) {
-        const bool ascii = static_cast<uint8_t>(c) < 0x80;
-        if (ascii && !std::isalnum(static_cast<unsigned char>(c))) text += '\\';
-        text += c;
-      }
-    }
-    if (text.empty()) Bad("an empty pattern in a Split pre_tokenizer");
-    return text;
-  }
-
-  SplitBehavior Behavior(const std::string& name) const {
-    if (name == "Isolated") return SplitBehavior::kIsolated;
-    if (name == "Removed") return SplitBehavior::kRemoved;
-    if (name == "MergedWithPrevious") return SplitBehavior::kMergedWithPrevious;
-    if (name == "MergedWithNext") return SplitBehavior::kMergedWithNext;
-    if (name == "Contiguous") return SplitBehavior::kContiguous;
-    Unsupported("Split behavior", name,
-                "Isolated, Removed, MergedWithPrevious, MergedWithNext, Contiguous");
-  }
-
-  void ReadDecoder() const {
-    if (!HasKey(root_, "decoder", name_)) Unsupported("decoder", "null", "ByteLevel");
-    const auto parts = Parts(root_["decoder"], "decoder", "decoders");
-    for (const Json* part : parts) {
-      if (Type(*part, "decoder") != "ByteLevel" || parts.size() > 1) {
-        Unsupported("decoder", Type(*part, "decoder"), "ByteLevel");
-      }
-    }
-    if (parts.empty()) Unsupported("decoder", "empty Sequence", "ByteLevel");
   }
 
   void ReadAddedTokens() {
@@ -252,48 +166,6 @@ class Reader {
     }
   }
 
-  void ReadPostprocessor() {
-    if (!HasKey(root_, "post_processor", name_)) return;
-    constexpr const char* kKnown = "ByteLevel, TemplateProcessing, Sequence";
-    bool has_template = false;
-    for (const Json* part : Parts(root_["post_processor"], "post_processor", "processors")) {
-      const std::string type = Type(*part, "post_processor");
-      if (type == "ByteLevel") continue;  // only trims offsets
-      if (type != "TemplateProcessing") Unsupported("post_processor", type, kKnown);
-      if (std::exchange(has_template, true)) Bad("two TemplateProcessing post-processors");
-      ReadTemplate(*part);
-    }
-  }
-
-  void ReadTemplate(const Json& processor) {
-    if (!HasKey(processor, "single", name_) || !processor["single"].is_array()) {
-      Bad("expected an array \"single\" in TemplateProcessing");
-    }
-    bool seen_text = false;
-    for (const Json& item : processor["single"]) {
-      if (HasKey(item, "Sequence", name_)) {
-        if (std::exchange(seen_text, true)) Bad("TemplateProcessing \"single\" has the text twice");
-        continue;
-      }
-      const std::string token =
-          GetString(Object(item, "SpecialToken"), "id", In("TemplateProcessing"));
-      const Json& tokens = Object(processor, "special_tokens");
-      if (!tokens.contains(token))
-        Bad("TemplateProcessing does not define \"{}\"", Printable(token));
-      const std::vector<int64_t> ids =
-          GetInts(tokens[token], "ids", In("TemplateProcessing"), 0, NumIds() - 1);
-      auto& target = seen_text ? spec_.suffix_ids : spec_.prefix_ids;
-      target.insert(target.end(), ids.begin(), ids.end());
-    }
-    if (!seen_text) Bad("TemplateProcessing \"single\" lacks the text");
-  }
-
-  int64_t NumIds() const {
-    int64_t size = spec_.vocab.size();
-    for (const AddedToken& token : spec_.added_tokens) size = std::max<int64_t>(size, token.id + 1);
-    return size;
-  }
-
   const Json& root_;
   const std::string& name_;
   BpeSpec spec_;
@@ -316,13 +188,16 @@ std::unique_ptr<Tokenizer> LoadTokenizerJson(std::string_view json, const std::s
 
 std::vector<PretokenStep> Gpt2Pretokenize() { return {{.pattern = kGpt2Pattern}}; }
 
+const char kGpt2ByteLevelJson[] =
+    R"({"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true})";
+
+std::optional<std::string> MergedToken(const BpeSpec& spec, const std::string& left,
+                                       const std::string& right) {
+  if (right.size() < spec.continuing_subword_prefix.size()) return std::nullopt;
+  return left + right.substr(spec.continuing_subword_prefix.size());
+}
+
 std::string WriteTokenizerJson(const BpeSpec& spec) {
-  DETOUR_CHECK(spec.pretokenize.size() == 1 && spec.pretokenize[0].pattern == kGpt2Pattern &&
-               !spec.pretokenize[0].add_prefix_space);
-  const Json byte_level = {{"type", "ByteLevel"},
-                           {"add_prefix_space", false},
-                           {"trim_offsets", true},
-                           {"use_regex", true}};
   Json added = Json::array();
   for (const AddedToken& token : spec.added_tokens) {
     added.push_back({{"id", token.id},
@@ -333,23 +208,35 @@ std::string WriteTokenizerJson(const BpeSpec& spec) {
                      {"normalized", token.normalized},
                      {"special", token.special}});
   }
+  const auto text = [](const std::string& value) { return value.empty() ? "null" : Quoted(value); };
   // The vocabulary is written by hand: Json looks up every key that it adds.
   std::string out = "{\n\"version\": \"1.0\",\n\"truncation\": null,\n\"padding\": null,\n";
-  out += "\"added_tokens\": " + added.dump() + ",\n\"normalizer\": null,\n";
-  out += "\"pre_tokenizer\": " + byte_level.dump() + ",\n\"post_processor\": null,\n";
-  out += "\"decoder\": " + byte_level.dump() + ",\n\"model\": {\n";
-  out += "\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null,\n";
-  out += "\"continuing_subword_prefix\": null, \"end_of_word_suffix\": null,\n";
-  out += "\"fuse_unk\": false, \"byte_fallback\": false, \"ignore_merges\": false,\n\"vocab\": {";
+  out += "\"added_tokens\": " + added.dump() + ",\n\"normalizer\": " + spec.normalizer_json + ",\n";
+  out += "\"pre_tokenizer\": " + spec.pre_tokenizer_json + ",\n\"post_processor\": ";
+  out += spec.post_processor_json + ",\n\"decoder\": " + spec.decoder_json + ",\n\"model\": {\n";
+  out += fmt::format("\"type\": \"BPE\", \"dropout\": null, \"unk_token\": {},\n",
+                     text(spec.unk_id ? spec.vocab[*spec.unk_id] : ""));
+  out += fmt::format("\"continuing_subword_prefix\": {}, \"end_of_word_suffix\": {},\n",
+                     text(spec.continuing_subword_prefix), text(spec.end_of_word_suffix));
+  out +=
+      fmt::format("\"fuse_unk\": {}, \"byte_fallback\": {}, \"ignore_merges\": {},\n\"vocab\": {{",
+                  spec.fuse_unk, spec.byte_fallback, spec.ignore_merges);
   const char* separator = "\n";
   for (size_t id = 0; id < spec.vocab.size(); ++id) {
     if (spec.vocab[id].empty()) continue;
     out += fmt::format("{}{}: {}", separator, Quoted(spec.vocab[id]), id);
     separator = ",\n";
   }
+  std::vector<size_t> order(spec.merges.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (!spec.merge_ranks.empty()) {
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return spec.merge_ranks[a] < spec.merge_ranks[b]; });
+  }
   out += "\n},\n\"merges\": [";
   separator = "\n";
-  for (const auto& [left, right] : spec.merges) {
+  for (const size_t i : order) {
+    const auto [left, right] = spec.merges[i];
     out +=
         fmt::format("{}[{}, {}]", separator, Quoted(spec.vocab[left]), Quoted(spec.vocab[right]));
     separator = ",\n";

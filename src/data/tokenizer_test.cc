@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cmath>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -11,7 +13,9 @@
 #include "core/error.h"
 #include "core/json.h"
 #include "core/rng.h"
+#include "core/sha256.h"
 #include "data/bpe_trainer.h"
+#include "data/gguf_tokenizer.h"
 #include "io/atomic.h"
 
 namespace detour::data {
@@ -157,15 +161,21 @@ TEST(TokenizerJson, NamesWhatItDoesNotRead) {
     json[Json::json_pointer(pointer)] = std::move(value);
     return LoadError(json);
   };
-  EXPECT_HAS(with("/normalizer", {{"type", "NFC"}}), "unsupported normalizer \"NFC\"");
-  EXPECT_HAS(with("/pre_tokenizer", {{"type", "Metaspace"}}), "\"Metaspace\"");
-  EXPECT_HAS(with("/pre_tokenizer", nullptr), "pre_tokenizer");
+  EXPECT_HAS(with("/normalizer", {{"type", "Nmt"}}), "unsupported normalizer \"Nmt\"");
+  EXPECT_HAS(with("/pre_tokenizer", {{"type", "UnicodeScripts"}}),
+             "unsupported pre_tokenizer \"UnicodeScripts\"");
   EXPECT_HAS(with("/decoder", {{"type", "WordPiece"}}), "\"WordPiece\"");
   EXPECT_HAS(with("/model/type", "Unigram"), "\"Unigram\"");
-  EXPECT_HAS(with("/model/byte_fallback", true), "byte_fallback");
   EXPECT_HAS(with("/model/dropout", 0.1), "dropout");
-  EXPECT_HAS(with("/model/end_of_word_suffix", "</w>"), "end_of_word_suffix");
-  EXPECT_HAS(with("/post_processor", {{"type", "RobertaProcessing"}}), "\"RobertaProcessing\"");
+  EXPECT_HAS(with("/decoder", nullptr), "unsupported decoder \"null\"");
+  EXPECT_HAS(with("/post_processor", {{"type", "Nosuch"}}), "unsupported post_processor");
+  EXPECT_HAS(with("/pre_tokenizer", {{"type", "Punctuation"}, {"behavior", "Nosuch"}}),
+             "unsupported behavior \"Nosuch\"");
+  const auto metaspace = [](const char* scheme) -> Json {
+    return {{"type", "Metaspace"}, {"replacement", "_"}, {"prepend_scheme", scheme}};
+  };
+  EXPECT_HAS(with("/pre_tokenizer", metaspace("nosuch")), "unsupported prepend_scheme \"nosuch\"");
+  EXPECT_EQ(with("/pre_tokenizer", metaspace("first")), "no error");
   const auto pattern = [&](const char* regex) {
     return with("/pre_tokenizer",
                 {{"type", "Sequence"},
@@ -179,6 +189,135 @@ TEST(TokenizerJson, NamesWhatItDoesNotRead) {
   EXPECT_HAS(pattern("(a"), "pattern");
   EXPECT_HAS(pattern("a\\"), "pattern");
   EXPECT_HAS(pattern(""), "empty pattern");
+}
+
+// A vocabulary of text with byte tokens, as Llama 2 has.
+GgufTokenizer Pieces() {
+  GgufTokenizer gguf{.model = "llama", .tokens = {"<unk>", "<s>", "</s>"}};
+  gguf.token_type = {2, 3, 3};
+  const auto add = [&](const std::string& token, int32_t type) {
+    gguf.tokens.push_back(token);
+    gguf.token_type.push_back(type);
+  };
+  for (int b = 0; b < 256; ++b) add(fmt::format("<0x{:02X}>", b), 6);
+  for (const char* piece : {"ab", "▁a", "abc", "▁ab", "▁▁", "▁", "a", "b", "c"}) add(piece, 1);
+  add("<tool>", 4);
+  for (size_t i = 0; i < gguf.tokens.size(); ++i) gguf.scores.push_back(-static_cast<float>(i));
+  gguf.bos_token_id = 1;
+  gguf.eos_token_id = 2;
+  return gguf;
+}
+
+TEST(GgufTokenizer, MergesByScoreAndFallsBackToBytes) {
+  const auto tokenizer = Tokenizer::FromGguf(Pieces(), "x.gguf");
+  const auto spelled = [&](const std::string& text, const EncodeOptions& options = {}) {
+    std::string all;
+    for (const int32_t id : tokenizer->Encode(text, options)) {
+      all.append(tokenizer->TokenText(id)).push_back('|');
+    }
+    return all;
+  };
+  // "ab" has the higher score, though "▁a" comes first.
+  EXPECT_EQ(spelled("abc"), "▁|abc|");
+  EXPECT_EQ(spelled("a"), "▁a|");
+  EXPECT_EQ(spelled("aé", {.add_special_tokens = true}), "<s>|▁a|<0xC3>|<0xA9>|");
+  EXPECT_EQ(spelled("a<tool>b</s>"), "▁a|<tool>|▁|b|</s>|");
+  EXPECT_EQ(spelled("</s>", {.parse_special = false}).find("</s>"), std::string::npos);
+  EXPECT_EQ(tokenizer->eos_id(), 2);
+  EXPECT_EQ(tokenizer->DecodeToken(*tokenizer->TokenId("▁ab")), " ab");
+  for (const std::string& text : {std::string("a  b\n"), std::string("a\xFF b\xC3"),
+                                  std::string("\x80\xFE a"), std::string("  世 \0", 7)}) {
+    EXPECT_EQ(tokenizer->Decode(tokenizer->Encode(text)), text) << Printable(text);
+  }
+}
+
+TEST(GgufTokenizer, IsTheTokenizerJsonThatItWrites) {
+  GgufTokenizer gguf = Pieces();
+  gguf.add_eos_token = true;
+  const auto tokenizer = Tokenizer::FromGguf(gguf, "x.gguf");
+  const std::string json = WriteTokenizerJson(ReadGgufTokenizer(gguf, "x.gguf"));
+  const auto again = LoadTokenizerJson(json, "x.json");
+  EXPECT_EQ(tokenizer->fingerprint(), Sha256Hex(json));
+  for (const char* text : {"abc ab  a b", "é<tool> c", ""}) {
+    const auto ids = tokenizer->Encode(text, {.add_special_tokens = true});
+    EXPECT_EQ(ids, again->Encode(text, {.add_special_tokens = true}));
+    EXPECT_EQ(ids.back(), 2);
+    EXPECT_EQ(tokenizer->Decode(ids), again->Decode(ids));
+  }
+}
+
+TEST(GgufTokenizer, TrustsNothing) {
+  const auto error = [](const std::function<void(GgufTokenizer&)>& change) -> std::string {
+    GgufTokenizer gguf = Pieces();
+    change(gguf);
+    try {
+      Tokenizer::FromGguf(gguf, "x.gguf");
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(error([](GgufTokenizer&) {}), "no error");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.model = std::string("bert"); }),
+             "tokenizer.ggml.model \"bert\"");
+  EXPECT_HAS(
+      error([](GgufTokenizer& g) { g = {.model = "gpt2", .pre = "chatglm", .tokens = {"a"}}; }),
+      "tokenizer.ggml.pre \"chatglm\"");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.tokens.clear(); }), "0 tokens");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.scores.pop_back(); }), "scores for");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.scores.clear(); }), "scores is missing");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.scores[5] = NAN; }), "not a number");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.token_type.pop_back(); }), "token types");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.token_type[4] = 9; }), "type 9");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.tokens[260] = std::string("\xFF"); }), "not UTF-8");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.tokens[260] = std::string(5000, 'a'); }), "5000 bytes");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.bos_token_id = 1 << 30; }), "bos_token_id");
+  EXPECT_HAS(error([](GgufTokenizer& g) { g.eos_token_id = -1; }), "eos_token_id");
+  EXPECT_HAS(error([](GgufTokenizer& g) {
+               g.bos_token_id = {};
+               g.add_bos_token = true;
+             }),
+             "add_bos_token without");
+  EXPECT_HAS(error([](GgufTokenizer& g) {
+               g = {.model = "gpt2", .tokens = {"a", "b"}, .merges = {"a b"}};
+             }),
+             "\"ab\" is not a token");
+}
+
+TEST(TokenizerJson, AddedTokensThatNormalizeToNothingOrTheSame) {
+  Json json = FileJson();
+  json["normalizer"] = {{"type", "Strip"}, {"strip_left", true}, {"strip_right", true}};
+  const int64_t size = json["model"]["vocab"].size();
+  json["added_tokens"].push_back({{"id", size}, {"content", "  "}, {"normalized", true}});
+  EXPECT_HAS(LoadError(json), "nothing is left");
+  json["added_tokens"][1]["content"] = " the";
+  json["added_tokens"].push_back({{"id", size + 1}, {"content", "the "}, {"normalized", true}});
+  EXPECT_HAS(LoadError(json), "the same as another");
+}
+
+TEST(TokenizerJson, ReplacesThatMultiplyEndInAnError) {
+  Json twice = Json::array();
+  for (int i = 0; i < 60; ++i) {
+    twice.push_back({{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}});
+  }
+  Json json = FileJson();
+  json["normalizer"] = {{"type", "Sequence"}, {"normalizers", twice}};
+  const auto tokenizer = LoadTokenizerJson(json.dump(), "x.json");
+  EXPECT_EQ(tokenizer->Decode(tokenizer->Encode("the")), "the");
+  EXPECT_THROW(tokenizer->Encode("a"), Error);
+  json = FileJson();
+  json["decoder"] = {{"type", "Sequence"}, {"decoders", twice}};
+  EXPECT_HAS(LoadError(json), "a Replace makes more than");
+}
+
+TEST(Unicode, NewCharactersHaveOldOnesOfTheirLength) {
+  EXPECT_FALSE(HasNewCharacter("abc état 世界 👩 ٣"));
+  for (const char* text : {"\u0897", "a\u1C89b", "\U00031350", "世\U0001FAE9 "}) {
+    EXPECT_TRUE(HasNewCharacter(text)) << text;
+    const std::string old = ReplaceNewCharacters(text);
+    EXPECT_EQ(old.size(), std::string(text).size());
+    EXPECT_FALSE(HasNewCharacter(old));
+  }
 }
 
 TEST(TokenizerJson, TrustsNothing) {
@@ -261,7 +400,7 @@ TEST(Trainer, BlocksDoNotChangeTheCounts) {
     size_t end = text.find('\xFF', at);
     if (end == std::string::npos) end = text.size();
     if (end > at) {
-      pretokenizer.Split(std::string_view(text).substr(at, end - at), &scratch,
+      pretokenizer.Split(std::string_view(text).substr(at, end - at), {}, &scratch,
                          [&](std::string_view) { ++expected; });
     }
     at = end + 1;
