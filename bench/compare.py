@@ -208,7 +208,17 @@ def plan(program, args):
     return runs
 
 
-def recorded(run):
+def same_config(program, old, new):
+    """Whether two recorded configurations are one. A key that the program did not know then may have its default."""
+    if hashlib.sha256(old["config"].encode()).hexdigest() != old["config_sha256"]:
+        return False
+    known = {line.split(" = ")[0] for line in old["config"].splitlines()}
+    defaults = resolve(program, [program, "train", "--data", "x", "--out-dir", "y"]).splitlines()
+    lines = [line for line in new["config"].splitlines() if line.split(" = ")[0] in known or line not in defaults]
+    return lines == old["config"].splitlines()
+
+
+def recorded(program, run):
     """The run with what an earlier call wrote of it; an error if that was another run."""
     path, folder = pathlib.Path(f"{run['out']}.json"), pathlib.Path(run["out"])
     if not path.is_file():
@@ -217,7 +227,7 @@ def recorded(run):
         return run
     old = json.loads(path.read_text(encoding="utf-8"))
     for key in ("config_sha256", "model_sha256", "data_sha256"):
-        if old[key] != run[key]:
+        if not (same_config(program, old, run) if key == "config_sha256" else old[key] == run[key]):
             part = key.removesuffix("_sha256")
             die(f"{folder} was trained with another {part}{difference(old, run)}. Remove it and {path.name}, or give "
                 "another --out")
@@ -328,7 +338,7 @@ def measure(program, data, runs, lengths, keep):
 def carry_out(program, args, runs):
     """Trains, evaluates and measures what is not done yet; returns the runs that came through."""
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = [recorded(run) for run in runs]
+    runs = [recorded(args.detour, run) for run in runs]
     for run in runs:
         save(run)
     train(program, runs, args.jobs)

@@ -31,7 +31,7 @@ DEFAULTS = {
 }
 # Site of each router of a method, and how the names of its tensors begin. Methods that are not here have no router of a
 # span of one layer.
-ROUTERS = {"dtrnet": {"mixer": "router."}, "dllm": {"layer": "layer_router."}, "mod": {"layer": "router."},
+ROUTERS = {"dtrnet": {"mixer": "router."}, "dllm": {"layer": "layer_router."}, "mod": {"layer": "mod_router."},
            "skip": {"mixer": "attn_router.", "ffn": "mlp_router."}, "moe": {"ffn": "block_sparse_moe."},
            "recursion": {"layer": "recursion_router."}}
 LAYOUTS: dict[str, Callable[[int, int], bool]] = {

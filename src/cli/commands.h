@@ -19,5 +19,6 @@ void AddLogitsCommand(CLI::App& app);
 void AddInfoCommand(CLI::App& app);
 void AddVerifyCommand(CLI::App& app);
 void AddReportCommand(CLI::App& app);
+void AddRouteCommand(CLI::App& app);
 
 }  // namespace detour::cli

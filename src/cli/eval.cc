@@ -10,6 +10,7 @@
 #include "core/json.h"
 #include "data/prepare.h"
 #include "eval/perplexity.h"
+#include "eval/recall.h"
 #include "report/memory.h"
 #include "report/table.h"
 
@@ -20,10 +21,33 @@ namespace {
 struct Options {
   std::string model, data, split = "val";
   std::vector<std::string> texts;
+  std::string recall;
   eval::EvalOptions eval;
+  eval::RecallOptions recall_options;
   RuntimeOptions runtime;
   bool json = false;
 };
+
+Json ToJson(const std::vector<eval::RecallResult>& results) {
+  Json json = Json::array();
+  for (const eval::RecallResult& r : results) {
+    json.push_back({{"length", r.length},
+                    {"task", r.task},
+                    {"answers", r.num_answers},
+                    {"right", r.right},
+                    {"loss", r.loss}});
+  }
+  return json;
+}
+
+void Print(const std::vector<eval::RecallResult>& results) {
+  report::TextTable table({{"length"}, {"task"}, {"answers"}, {"right"}, {"loss a token"}});
+  for (const eval::RecallResult& r : results) {
+    table.AddRow({report::FormatThousands(r.length), r.task, report::FormatThousands(r.num_answers),
+                  report::FormatPercent(r.right), report::FormatFixed(r.loss, 4)});
+  }
+  fmt::print("\nRecall of facts in text of the split:\n{}", table.Render());
+}
 
 Json ToJson(const eval::EvalResult& r) {
   Json layers = Json::array();
@@ -126,9 +150,13 @@ eval::EvalResult EvaluateTexts(const model::Model& model, const Options& options
                         options.eval);
 }
 
+data::Split SplitOf(const Options& options) {
+  return options.split == "val" ? data::Split::kVal : data::Split::kTrain;
+}
+
 eval::EvalResult EvaluateShards(const model::Model& model, const Options& options) {
-  const data::Split split = options.split == "val" ? data::Split::kVal : data::Split::kTrain;
-  return eval::Evaluate(model, data::TokenShards::Open(options.data, split), options.eval);
+  return eval::Evaluate(model, data::TokenShards::Open(options.data, SplitOf(options)),
+                        options.eval);
 }
 
 void Eval(const Options& options) {
@@ -137,13 +165,21 @@ void Eval(const Options& options) {
     Fail("flag", "give either --data DIR or --text PATH");
   }
   const model::Model model = model::LoadModel(options.model);
+  if (!options.recall.empty() && options.data.empty()) Fail("flag", "--recall needs --data");
   const eval::EvalResult result =
       options.texts.empty() ? EvaluateShards(model, options) : EvaluateTexts(model, options);
-  if (options.json) {
-    fmt::print("{}\n", ToJson(result).dump(2));
-  } else {
-    Print(result);
+  Json json = ToJson(result);
+  if (!options.json) Print(result);
+  if (!options.recall.empty()) {
+    eval::RecallOptions recall = options.recall_options;
+    recall.lengths = ParseLengths("--recall", options.recall);
+    const std::vector<eval::RecallResult> found =
+        eval::Recall(model, *data::Tokenizer::Load(options.model),
+                     data::TokenShards::Open(options.data, SplitOf(options)), recall);
+    json["recall"] = ToJson(found);
+    if (!options.json) Print(found);
   }
+  if (options.json) fmt::print("{}\n", json.dump(2));
 }
 
 }  // namespace
@@ -174,9 +210,22 @@ void AddEvalCommand(CLI::App& app) {
   AddExitOptions(*sub, &options->eval.exit);
   sub->add_flag("--teacher-forced", options->eval.teacher_forced,
                 "Decide by the training rule, which may look ahead: shows the gap to serving");
+  sub->add_option(
+      "--recall", options->recall,
+      "Lengths, e.g. 2048,8192: also ask for facts hidden in so much text of the split");
+  sub->add_option("--recall-prompts", options->recall_options.num_prompts,
+                  "Prompts of each task and length")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
+  sub->add_option("--recall-pairs", options->recall_options.num_pairs,
+                  "Facts and questions in a prompt of task pairs")
+      ->check(CLI::Range(1, 24))
+      ->capture_default_str();
   sub->add_flag("--json", options->json, "Print JSON");
   AddRuntimeOptions(*sub, &options->runtime);
-  sub->footer("Example:\n  detour eval --model out/dtrnet/latest --data data/sotu");
+  sub->footer(
+      "Example:\n  detour eval --model out/dtrnet/latest --data data/sotu\n"
+      "  detour eval --model out/dtrnet/latest --data data/sotu --seq-len 2048 --recall 2048,8192");
   sub->callback([options] { Eval(*options); });
 }
 

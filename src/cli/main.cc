@@ -89,6 +89,7 @@ int Run(int argc, char** argv) {
   AddInfoCommand(app);
   AddVerifyCommand(app);
   AddReportCommand(app);
+  AddRouteCommand(app);
 
   ExpandedArgs args;
   try {

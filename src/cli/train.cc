@@ -47,6 +47,24 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
   sub.add_option("--lora-targets", c.lora.targets,
                  "Matrices with an adapter: some of q, k, v, o, gate, up, down")
       ->capture_default_str();
+  sub.add_option("--teacher", c.distill.teacher,
+                 "Model to distil from: its divergence KL(teacher || model) joins the loss");
+  sub.add_option("--distill-weight", c.distill.weight,
+                 "Weight of the divergence; the cross-entropy of the text keeps the rest")
+      ->check(Number(0, 1))
+      ->capture_default_str();
+  sub.add_option("--distill-temperature", c.distill.temperature, "Of both softmaxes")
+      ->check(Number(0.01, 100))
+      ->capture_default_str();
+  sub.add_option("--distill-hidden", c.distill.hidden,
+                 "Weight of the distance between the states after each layer, ‖s - t‖² / ‖t‖²")
+      ->check(Number(0))
+      ->capture_default_str();
+  sub.add_option("--stop-within", c.stop_within,
+                 "Stop once --target-share is reached and validation perplexity is at most this "
+                 "times the teacher's, e.g. 1.02; 0: run to the end")
+      ->check(Number(0))
+      ->capture_default_str();
   sub.add_option("--aux-loss-coeff", c.aux_loss_coeff, "Weight λ of the method's budget")
       ->check(Number(0));
   sub.add_option("--schedule", c.schedules,

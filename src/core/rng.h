@@ -12,7 +12,16 @@ std::array<uint32_t, 4> Philox(std::array<uint32_t, 4> counter, std::array<uint3
 
 /// What a stream of random numbers is for; part of the key, so that two purposes never share a
 /// number.
-enum class RngPurpose : uint32_t { kInit = 1, kFallback, kSample, kData, kSplit, kTest, kRoute };
+enum class RngPurpose : uint32_t {
+  kInit = 1,
+  kFallback,
+  kSample,
+  kData,
+  kSplit,
+  kTest,
+  kRoute,
+  kEval
+};
 
 /// Random numbers indexed by (seed, purpose, a, b, index).
 class Rng {

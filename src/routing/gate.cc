@@ -69,6 +69,14 @@ void CheckLayerGate(const RoutingConfig& config, std::vector<std::string>* fault
 
 namespace {
 
+/// A last layer that says `margin` for way `way` of two and 0 for the other, whatever the row.
+void SetAll(double margin, int64_t way, ops::Matrix* last) {
+  at::NoGradGuard no_grad;
+  last->weight.zero_();
+  last->bias.zero_();
+  last->bias[way].fill_(margin);
+}
+
 class Mlp : public GateScorer {
  public:
   Mlp(int64_t dim, int64_t hidden, std::string prefix) : prefix_(std::move(prefix)) {
@@ -91,6 +99,7 @@ class Mlp : public GateScorer {
     at::NoGradGuard no_grad;
     second_.bias[0].add_(delta);
   }
+  void Open(double margin) override { SetAll(margin, 0, &second_); }
   int64_t FlopsPerRow() const override {
     return 2 * (first_.weight.numel() + second_.weight.numel());
   }
@@ -118,6 +127,7 @@ class LinearScorer : public GateScorer {
     at::NoGradGuard no_grad;
     only_.bias[0].add_(delta);
   }
+  void Open(double margin) override { SetAll(margin, 0, &only_); }
   int64_t FlopsPerRow() const override { return 2 * only_.weight.numel(); }
 
  private:
@@ -155,6 +165,7 @@ class NormMlp : public GateScorer {
     at::NoGradGuard no_grad;
     second_.bias[1].add_(delta);
   }
+  void Open(double margin) override { SetAll(margin, 1, &second_); }
   int64_t FlopsPerRow() const override {
     return 2 * (first_.weight.numel() + second_.weight.numel());
   }
@@ -238,6 +249,10 @@ class Gate : public Router {
   }
   bool ShiftBias(double delta) override {
     if (scorer_) scorer_->ShiftBias(delta);
+    return scorer_ != nullptr;
+  }
+  bool Open(double margin) override {
+    if (scorer_) scorer_->Open(margin);
     return scorer_ != nullptr;
   }
   void SetFrequencies(const std::vector<int64_t>& counts) override {

@@ -49,7 +49,7 @@ class ModRouter : public Router {
         capacity_(config.Number("capacity")),
         causal_(config.Text("causal")),
         causal_coeff_(config.Number("causal_coeff")),
-        control_(MakeControl(config, shape, "router.")) {
+        control_(MakeControl(config, shape, "mod_router.")) {
     if (control_) return;
     score_.weight = at::zeros({1, shape.dim});
     if (causal_ == "bce") causal_bias_ = at::zeros({1});
@@ -57,7 +57,7 @@ class ModRouter : public Router {
       const int64_t hidden = config.Int("hidden");
       predictor_ =
           MakeScorer("mlp", shape, hidden > 0 ? hidden : std::max<int64_t>(shape.dim / 2, 1),
-                     "router.predictor.");
+                     "mod_router.predictor.");
     }
   }
 
@@ -101,8 +101,8 @@ class ModRouter : public Router {
 
   void ForEachTensor(const TensorVisitor& visit) override {
     if (control_) return control_->ForEachTensor(visit);
-    visit("router.weight", score_.weight);
-    if (causal_bias_.defined()) visit("router.causal_bias", causal_bias_);
+    visit("mod_router.weight", score_.weight);
+    if (causal_bias_.defined()) visit("mod_router.causal_bias", causal_bias_);
     if (predictor_) predictor_->ForEachTensor(visit);
   }
   void Initialize() override {

@@ -67,6 +67,9 @@ class Router {
 
   /// Calls `visit` for each weight; names are relative to "model.layers.N.".
   virtual void ForEachTensor(const TensorVisitor&) {}
+  /// Sets the weights so that every row takes the span, `margin` the difference of its logits:
+  /// where a model that was dense starts. False if nothing does that here.
+  virtual bool Open(double /*margin*/) { return false; }
   /// Called once on a new model, after the weights were drawn: norms 1, biases 0, matrices normal.
   virtual void Initialize() {}
 

@@ -1,12 +1,9 @@
 #include "train/config.h"
 
-#include <ATen/ATen.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
-#include <map>
-#include <set>
 
 #include "core/error.h"
 #include "model/cost.h"
@@ -16,45 +13,54 @@
 namespace detour::train {
 
 Json TrainConfigToJson(const TrainConfig& c) {
-  return {{"data_dir", c.data_dir},
-          {"model_config", c.model_config},
-          {"init_from", c.init_from},
-          {"method", c.method},
-          {"layout", c.layout},
-          {"routing", c.routing},
-          {"aux_loss_coeff", c.aux_loss_coeff},
-          {"train", c.train},
-          {"lora_rank", c.lora.rank},
-          {"lora_alpha", c.lora.alpha},
-          {"lora_targets", c.lora.targets},
-          {"seq_len", c.seq_len},
-          {"micro_batch_size", c.micro_batch_size},
-          {"global_batch_size", c.global_batch_size},
-          {"max_steps", c.max_steps},
-          {"max_tokens", c.max_tokens},
-          {"max_time", c.max_time_s},
-          {"lr", c.lr},
-          {"min_lr", c.min_lr},
-          {"warmup_steps", c.warmup_steps},
-          {"lr_schedule", c.lr_schedule},
-          {"decay_ratio", c.decay_ratio},
-          {"beta1", c.beta1},
-          {"beta2", c.beta2},
-          {"adam_eps", c.adam_eps},
-          {"weight_decay", c.weight_decay},
-          {"grad_clip", c.grad_clip},
-          {"schedules", c.schedules},
-          {"target_share", c.target_share},
-          {"share_ramp", c.share_ramp},
-          {"controller_rate", c.controller_rate},
-          {"document_attention", c.document_attention},
-          {"activation_checkpointing", c.activation_checkpointing},
-          {"seed", c.seed},
-          {"eval_every", c.eval_every},
-          {"eval_tokens", c.eval_tokens},
-          {"save_every", c.save_every},
-          {"keep_last", c.keep_last},
-          {"log_every", c.log_every}};
+  Json json = {{"data_dir", c.data_dir},
+               {"model_config", c.model_config},
+               {"init_from", c.init_from},
+               {"method", c.method},
+               {"layout", c.layout},
+               {"routing", c.routing},
+               {"aux_loss_coeff", c.aux_loss_coeff},
+               {"train", c.train},
+               {"lora_rank", c.lora.rank},
+               {"lora_alpha", c.lora.alpha},
+               {"lora_targets", c.lora.targets},
+               {"seq_len", c.seq_len},
+               {"micro_batch_size", c.micro_batch_size},
+               {"global_batch_size", c.global_batch_size},
+               {"max_steps", c.max_steps},
+               {"max_tokens", c.max_tokens},
+               {"max_time", c.max_time_s},
+               {"lr", c.lr},
+               {"min_lr", c.min_lr},
+               {"warmup_steps", c.warmup_steps},
+               {"lr_schedule", c.lr_schedule},
+               {"decay_ratio", c.decay_ratio},
+               {"beta1", c.beta1},
+               {"beta2", c.beta2},
+               {"adam_eps", c.adam_eps},
+               {"weight_decay", c.weight_decay},
+               {"grad_clip", c.grad_clip},
+               {"schedules", c.schedules},
+               {"target_share", c.target_share},
+               {"share_ramp", c.share_ramp},
+               {"controller_rate", c.controller_rate},
+               {"document_attention", c.document_attention},
+               {"activation_checkpointing", c.activation_checkpointing},
+               {"seed", c.seed},
+               {"eval_every", c.eval_every},
+               {"eval_tokens", c.eval_tokens},
+               {"save_every", c.save_every},
+               {"keep_last", c.keep_last},
+               {"log_every", c.log_every}};
+  // Runs without a teacher keep the text, and so the hash, that they had before there were any.
+  if (!c.distill.teacher.empty()) {
+    json["teacher"] = c.distill.teacher;
+    json["distill_weight"] = c.distill.weight;
+    json["distill_temperature"] = c.distill.temperature;
+    json["distill_hidden"] = c.distill.hidden;
+    json["stop_within"] = c.stop_within;
+  }
+  return json;
 }
 
 namespace {
@@ -118,34 +124,6 @@ bool RoutersLearn(const model::ModelConfig& config) {
                      });
 }
 
-/// Into `model` every weight of the model in DIR that has the same name; only routers may be left.
-void LoadAllButRouters(const std::string& dir, model::Model& model) {
-  model::Model source = model::LoadModel(dir);
-  std::map<std::string, at::Tensor> loaded;
-  ForEachTensor(source, [&](const std::string& name, at::Tensor& t) { loaded[name] = t; });
-  std::set<std::string> routers;
-  for (size_t l = 0; l < model.layers.size(); ++l) {
-    ForEachRouterTensor(model.layers[l], [&](const std::string& name, at::Tensor&) {
-      routers.insert(fmt::format("model.layers.{}.{}", l, name));
-    });
-  }
-  const std::string method = MethodName(model.config);
-  ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
-    const auto it = loaded.find(name);
-    if (it != loaded.end()) {
-      t.copy_(it->second);
-      loaded.erase(it);
-    } else if (routers.count(name) == 0) {
-      Fail("train.config", "--init-from {}: method {} needs {}, which a dense model has not", dir,
-           method, name);
-    }
-  });
-  if (!loaded.empty()) {
-    Fail("train.config", "--init-from {}: method {} has no place for {}", dir, method,
-         loaded.begin()->first);
-  }
-}
-
 }  // namespace
 
 void CheckTrained(const TrainConfig& c, const model::ModelConfig& model) {
@@ -174,6 +152,15 @@ void CheckTrained(const TrainConfig& c, const model::ModelConfig& model) {
         "--lora-targets: expected some of q, k, v, o, gate, up, down, joined by commas, got "
         "\"{}\"",
         Printable(c.lora.targets));
+  }
+  const DistillOptions no_teacher;
+  if (c.distill.teacher.empty() && (c.distill != no_teacher || c.stop_within > 0)) {
+    fault(
+        "--distill-weight, --distill-temperature, --distill-hidden and --stop-within need "
+        "--teacher");
+  }
+  if (c.stop_within > 0 && c.stop_within < 1) {
+    fault("--stop-within: expected 0 or at least 1, got {}", c.stop_within);
   }
   const LoraOptions unset;
   for (const auto& [flag, given] : {std::pair{"--lora-rank", c.lora.rank != unset.rank},
@@ -228,19 +215,6 @@ model::ModelConfig ResolveModelConfig(const TrainConfig& c) {
   CheckTrained(c, config);
   ParseSchedules(c.schedules);
   return config;
-}
-
-model::Model InitialModel(const TrainConfig& c) {
-  const model::ModelConfig config = ResolveModelConfig(c);
-  if (!c.init_from.empty() && !HasNewRouters(c, config)) {
-    model::Model m = model::LoadModel(c.init_from);
-    m.config = config;
-    return m;
-  }
-  model::Model m = model::AllocateModel(config);
-  model::InitializeWeights(m, c.seed);
-  if (!c.init_from.empty()) LoadAllButRouters(c.init_from, m);
-  return m;
 }
 
 int64_t TotalSteps(const TrainConfig& c) {

@@ -8,6 +8,7 @@
 
 #include "core/json.h"
 #include "model/model.h"
+#include "train/distill.h"
 #include "train/lora.h"
 
 namespace detour::train {
@@ -22,6 +23,10 @@ struct TrainConfig {
 
   std::string train = "all";  ///< what is trained: one of kTrainChoices; the rest is frozen
   LoraOptions lora;           ///< for lora and router+lora
+  DistillOptions distill;
+  /// Stop once the target share is reached and the perplexity of validation is at most this times
+  /// the teacher's; 0: run to the end.
+  double stop_within = 0;
 
   int64_t seq_len = 1024;
   int64_t micro_batch_size = 8, global_batch_size = 8;  ///< sequences

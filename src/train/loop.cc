@@ -74,7 +74,10 @@ class Run {
   void UpdateDuals(const BatchStatistics& statistics);
   void CountTokens();
   void Log(const StepResult& step, double lr, double target_share, double seconds);
+  eval::EvalResult Evaluate(const model::Model& model) const;
   void Validate();
+  bool Recovered() const;
+  void Settle();
   void Save();
   std::vector<std::string> FindTokenizerFiles() const;
 
@@ -86,6 +89,8 @@ class Run {
   const int64_t total_steps_;
   model::Model model_;
   std::optional<Lora> lora_;
+  std::unique_ptr<Teacher> teacher_;
+  std::optional<double> teacher_loss_;  // on validation text, from the first validation on
   std::unique_ptr<AdamW> optimizer_;
   TrainerState state_;
   TrainSummary summary_;
@@ -141,6 +146,9 @@ void Run::Prepare() {
          config_.seq_len, model_.config.max_position_embeddings);
   }
   if (resume.empty() && HasNewRouters(config_, model_.config)) CountTokens();
+  if (!config_.distill.teacher.empty()) {
+    teacher_ = std::make_unique<Teacher>(config_.distill, model_.config);
+  }
   if (config_.TrainsLora()) lora_.emplace(model_, config_.lora, config_.seed);
   optimizer_ = std::make_unique<AdamW>(
       [this](const routing::TensorVisitor& visit) { ForEachTrained(visit); },
@@ -324,9 +332,10 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
   const std::string share_text =
       shares.empty() ? "" : fmt::format("  attend {:5.1f}%", 100 * mean_share);
   status_.Update(fmt::format(
-      "step {}/{}  loss {:.4f}{}  grad {:.2f}  lr {:.2e}  {} tok/s  {}  ETA {}", state_.step,
-      total_steps_, step.loss, share_text, step.grad_norm, lr,
-      report::FormatCount(tokens / seconds), report::FormatBytes(report::CurrentRssBytes()),
+      "step {}/{}  loss {:.4f}{}{}  grad {:.2f}  lr {:.2e}  {} tok/s  {}  ETA {}", state_.step,
+      total_steps_, step.loss, teacher_ ? fmt::format("  KL {:.4f}", step.divergence) : "",
+      share_text, step.grad_norm, lr, report::FormatCount(tokens / seconds),
+      report::FormatBytes(report::CurrentRssBytes()),
       report::FormatDuration(eta_.RemainingSeconds())));
   if (state_.step % config_.log_every != 0 && state_.step != total_steps_) return;
   Json record = {{"loss", step.loss},
@@ -340,6 +349,7 @@ void Run::Log(const StepResult& step, double lr, double target_share, double sec
     record["share_by_layer"] = shares;
     if (target_share > 0) record["target_share"] = target_share;
   }
+  if (teacher_) record["divergence"] = step.divergence;
   if (!choices.empty()) record["expert_choices"] = choices;
   if (!routers.empty()) {
     record["aux_loss"] = step.aux_loss;
@@ -366,33 +376,59 @@ bool ServesCausally(const model::ModelConfig& config) {
       [](const routing::RoutingConfig& r) { return r.TextOr("causal", "") == "none"; });
 }
 
+eval::EvalResult Run::Evaluate(const model::Model& model) const {
+  return eval::Evaluate(model, val_,
+                        {.seq_len = config_.seq_len,
+                         .max_tokens = config_.eval_tokens,
+                         .micro_batch_size = config_.micro_batch_size,
+                         .document_attention = config_.document_attention,
+                         .knobs = KnobsAt(state_.step),
+                         .teacher_forced = !ServesCausally(model.config)});
+}
+
 void Run::Validate() {
-  const eval::EvalResult result =
-      eval::Evaluate(model_, val_,
-                     {.seq_len = config_.seq_len,
-                      .max_tokens = config_.eval_tokens,
-                      .micro_batch_size = config_.micro_batch_size,
-                      .document_attention = config_.document_attention,
-                      .knobs = KnobsAt(state_.step),
-                      .teacher_forced = !ServesCausally(model_.config)});
+  const eval::EvalResult result = Evaluate(model_);
   summary_.val_loss = result.loss;
   summary_.val_bits_per_byte = result.bits_per_byte;
   summary_.val_share = result.share_routed;
   summary_.serving_flops_per_token = result.flops_per_token;
   Json record = {{"val_loss", result.loss}, {"val_bits_per_byte", result.bits_per_byte}};
-  std::string share_text;
+  std::string share_text, teacher_text;
   if (!model_.config.routing.empty()) {
     record["val_share"] = result.share_routed;
     share_text = fmt::format(", {:.1f}% attend in routed layers", 100 * result.share_routed);
   }
+  if (teacher_) {
+    if (!teacher_loss_) teacher_loss_ = Evaluate(teacher_->model()).loss;
+    record["teacher_val_loss"] = *teacher_loss_;
+    teacher_text =
+        fmt::format(", perplexity {:.4f} x the teacher's", std::exp(result.loss - *teacher_loss_));
+  }
   metrics_->Write(state_.step, record);
-  status_.Print(fmt::format("step {}: validation loss {:.4f} ± {:.4f}, {:.4f} bits per byte{}",
+  status_.Print(fmt::format("step {}: validation loss {:.4f} ± {:.4f}, {:.4f} bits per byte{}{}",
                             state_.step, result.loss, result.loss_stderr, result.bits_per_byte,
-                            share_text));
+                            teacher_text, share_text));
   if (tensorboard_) {
     tensorboard_->Scalar(state_.step, "val/loss", result.loss);
     tensorboard_->Scalar(state_.step, "val/bits_per_byte", result.bits_per_byte);
   }
+}
+
+/// Whether the last validation found what --stop-within asks for.
+bool Run::Recovered() const {
+  if (config_.stop_within == 0) return false;
+  const double target = TargetShareAt(total_steps_);
+  const bool at_share = target == 0 || (TargetShareAt(state_.step) <= target + 1e-9 &&
+                                        std::abs(summary_.val_share - target) <= 0.02);
+  return at_share && summary_.val_loss - *teacher_loss_ <= std::log(config_.stop_within);
+}
+
+/// The ratio controller's last move.
+void Run::Settle() {
+  if (TargetShareAt(total_steps_) == 0) return;
+  const int64_t text = std::clamp(state_.tokens / 10, kMinSettleTokens, kMaxSettleTokens);
+  const int64_t sequences = (text + config_.seq_len - 1) / config_.seq_len;
+  SettleShares(model_, NextBatches(sequences), TargetShareAt(total_steps_));
 }
 
 std::vector<std::string> Run::FindTokenizerFiles() const {
@@ -440,7 +476,8 @@ TrainSummary Run::Train() {
                         .activation_checkpointing = config_.activation_checkpointing,
                         .seed = config_.seed,
                         .step = state_.step,
-                        .exit_weights = ExitWeightsAt(state_.step)},
+                        .exit_weights = ExitWeightsAt(state_.step),
+                        .teacher = teacher_.get()},
                        lora());
     } catch (const Error& error) {
       status_.Finish();
@@ -461,12 +498,17 @@ TrainSummary Run::Train() {
     summary_.loss = step.loss;
     Log(step, lr, target, seconds);
     const bool last = state_.step == total_steps_;
-    if (last && target > 0) {
-      const int64_t text = std::clamp(state_.tokens / 10, kMinSettleTokens, kMaxSettleTokens);
-      const int64_t sequences = (text + config_.seq_len - 1) / config_.seq_len;
-      SettleShares(model_, NextBatches(sequences), TargetShareAt(total_steps_));
+    if (last) Settle();
+    if (last || (config_.eval_every > 0 && state_.step % config_.eval_every == 0)) {
+      Validate();
+      if (!last && Recovered()) {
+        Settle();
+        Validate();
+        summary_.stopped_by = "recovered";
+        Save();
+        break;
+      }
     }
-    if (last || (config_.eval_every > 0 && state_.step % config_.eval_every == 0)) Validate();
     if (last || (config_.save_every > 0 && state_.step % config_.save_every == 0)) Save();
     if (last) break;
     if (stop_requested_()) {
@@ -495,6 +537,7 @@ TrainSummary Run::Train() {
                      {"val_loss", summary_.val_loss},
                      {"val_bits_per_byte", summary_.val_bits_per_byte},
                      {"val_share", summary_.val_share},
+                     {"teacher_val_loss", teacher_loss_ ? Json(*teacher_loss_) : Json()},
                      {"train_forward_flops_per_token", summary_.train_flops_per_token},
                      {"serving_flops_per_token", summary_.serving_flops_per_token},
                      {"trained_parameters", optimizer_->CountParameters()},

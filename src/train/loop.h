@@ -20,7 +20,7 @@ struct TrainSummary {
   double train_flops_per_token = 0, serving_flops_per_token = 0;
   int64_t peak_rss_bytes = 0;
   std::string checkpoint;  ///< the last one written
-  std::string stopped_by;  ///< "done", "max-time", "signal"
+  std::string stopped_by;  ///< "done", "recovered", "max-time", "signal"
 };
 
 /// Trains, validates, logs and saves as the config says. `stop_requested` is asked after every

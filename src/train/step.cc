@@ -90,6 +90,29 @@ std::vector<double> BudgetWeights(const model::ModelConfig& config, const StepOp
   return weights;
 }
 
+/// The loss of the last layer's answer: cross-entropy, or what a teacher makes of it.
+at::Tensor TextLoss(const model::Model& model, const at::Tensor& h_ND,
+                    const std::vector<at::Tensor>& states, const Batch& batch, int64_t num_targets,
+                    const Teacher* teacher, StepResult* result) {
+  const double scale = 1.0 / static_cast<double>(num_targets);
+  if (!teacher) {
+    const at::Tensor loss = ops::LinearCrossEntropy(h_ND, model.head, batch.targets_N, scale);
+    result->loss += loss.item<double>();
+    return loss;
+  }
+  const Teacher::Answer answer = teacher->Ask(batch);
+  at::Tensor losses, divergence;
+  at::Tensor loss = ops::LinearDistillation(h_ND, model.head, batch.targets_N, scale, answer.logits,
+                                            &losses, &divergence);
+  result->loss += losses.sum(at::kDouble).item<double>() * scale;
+  result->divergence += divergence.sum(at::kDouble).item<double>() * scale;
+  if (teacher->wants_states()) {
+    const double share = static_cast<double>((batch.targets_N >= 0).sum().item<int64_t>()) * scale;
+    loss = loss + teacher->HiddenLoss(states, answer, share);
+  }
+  return loss;
+}
+
 /// The weighted losses of the states after every layer; `last` is that of the last.
 at::Tensor WithExits(const model::Model& model, const std::vector<double>& weights,
                      const std::vector<at::Tensor>& states, const Batch& batch,
@@ -116,6 +139,8 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
   const Budgets budgets(model.config);
   const std::vector<double> weights = BudgetWeights(model.config, options);
   const bool together = !options.replay && !budgets.routers().empty() && batches.size() > 1;
+  const bool needs_states =
+      !options.exit_weights.empty() || (options.teacher && options.teacher->wants_states());
   StepResult result;
   Decided decided;
   if (together) decided = DecideTogether(model, budgets, batches, options);
@@ -133,15 +158,13 @@ StepResult ComputeGradients(const model::Model& model, const std::vector<Batch>&
                  .replay = replay ? &(*replay)[m] : nullptr,
                  .plans = &taken,
                  .checkpoint = options.activation_checkpointing,
-                 .states = options.exit_weights.empty() ? nullptr : &states});
+                 .states = needs_states ? &states : nullptr});
     if (!together) {
       statistics = {};
       budgets.Add({batch.stream, taken}, &statistics);
     }
-    at::Tensor loss = ops::LinearCrossEntropy(h, model.head, batch.targets_N,
-                                              1.0 / static_cast<double>(num_targets));
-    result.loss += loss.item<double>();
-    if (!states.empty())
+    at::Tensor loss = TextLoss(model, h, states, batch, num_targets, options.teacher, &result);
+    if (!options.exit_weights.empty())
       loss = WithExits(model, options.exit_weights, states, batch, loss, num_targets);
     const Budgets::Loss budget = budgets.Of({batch.stream, taken}, statistics, weights);
     result.aux_loss += budget.unweighted;

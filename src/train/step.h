@@ -7,6 +7,7 @@
 #include "eval/batch.h"
 #include "model/model.h"
 #include "train/budget.h"
+#include "train/distill.h"
 #include "train/lora.h"
 #include "train/optimizer.h"
 
@@ -26,12 +27,14 @@ struct StepOptions {
   /// [micro-batch][layer]: rows to use instead of deciding; null: decide. With several
   /// micro-batches the statistics of budgets are then each one's own.
   const std::vector<std::vector<routing::LayerPlans>>* replay = nullptr;
+  const Teacher* teacher = nullptr;  ///< whom to learn from beside the text
 };
 
 struct StepResult {
-  double loss = 0;       ///< mean cross-entropy over the global batch
-  double aux_loss = 0;   ///< the budgets' values, before their weights
-  double grad_norm = 0;  ///< before clipping
+  double loss = 0;        ///< mean cross-entropy over the global batch
+  double divergence = 0;  ///< mean KL(teacher ‖ model) over the same targets; 0 without one
+  double aux_loss = 0;    ///< the budgets' values, before their weights
+  double grad_norm = 0;   ///< before clipping
   BatchStatistics statistics;
 };
 

@@ -414,7 +414,7 @@ ROUTERS = {
     "dtrnet": [("mixer", "router", GatedMixer)],
     "dllm": [("decider", "layer_router", Gate)],
     "skip": [("mixer", "attn_router", GatedMixer), ("ffn", "mlp_router", GatedMlp)],
-    "mod": [("decider", "router", TopTokens)],
+    "mod": [("decider", "mod_router", TopTokens)],
     "moe": [("ffn", "block_sparse_moe", Experts)],
     "blocks": [("mixer", None, Blocks)],
 }

@@ -1,0 +1,149 @@
+"""A dense model becomes a routed one (`detour route`), learns from the dense one (`train --teacher`), and is asked what
+it can recall (`eval --recall`). Uses DETOUR_BIN."""
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from robust_fixtures import CONTEXT, checkpoints, error_line, ok, run, weights, world  # noqa: F401
+
+LENGTH = 1024  # the model's context, and that of questions to recall
+
+# Methods whose routed model can be the dense one, with what else they need here.
+EXACT = {"dtrnet": [], "dtrnet window": ["--routing", "bypass=window", "--routing", "window=4"],
+         "dtrnet constant": ["--routing", "bypass=constant"], "dllm": ["--layers", "1,2"], "skip": [],
+         "early_exit": [], "moe": ["--routing", "experts=3"], "moe shared": ["--routing", "shared_expert=true"],
+         "dtrnet+moe": [], "blocks": ["--routing", "block_size=16", "--routing", "top_k=64"]}
+
+
+@pytest.fixture(scope="module")
+def dense(world):
+    out = world.root / "dense_for_route"
+    config = world.config("dense_long.json", max_position_embeddings=LENGTH)
+    ok(*world.train_args(out, "--max-steps", 8, config=config))
+    return (out / "latest").resolve()
+
+
+def logits(world, model, tmp_path):
+    ids = np.random.default_rng(1).integers(0, 256, (2, CONTEXT), dtype=np.int32)
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    ok("logits", "--model", model, "--tokens", tmp_path / "ids.safetensors", "--out", tmp_path / "logits.safetensors")
+    return load_file(tmp_path / "logits.safetensors")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_it_starts_as_the_dense_model(world, dense, tmp_path, name):
+    printed = ok("route", dense, "--method", name.split()[0], *EXACT[name], "--out", tmp_path / "routed", "--data",
+                 world.data, "--seq-len", CONTEXT, "--eval-tokens", 512).stdout
+    assert "1.0000 times the dense model's" in printed
+    expected = logits(world, dense, tmp_path)["logits"]
+    answer = logits(world, tmp_path / "routed", tmp_path)
+    scale = np.abs(expected).max()
+    assert np.abs(answer["logits"] - expected).max() <= (1e-6 * scale if "moe" in name else 0)
+    for key, flags in answer.items():
+        assert not key.endswith("routed") or "moe" in name or flags.all(), key
+    source, routed = load_file(dense / "model.safetensors"), load_file(tmp_path / "routed" / "model.safetensors")
+    for key in set(source) & set(routed):
+        assert source[key].tobytes() == routed[key].tobytes(), key
+
+
+def test_experts_are_copies_of_the_mlp(world, dense, tmp_path):
+    ok("route", dense, "--method", "moe", "--routing", "experts=3", "--layers", "1", "--out", tmp_path / "routed")
+    source, routed = load_file(dense / "model.safetensors"), load_file(tmp_path / "routed" / "model.safetensors")
+    for e in range(3):
+        for ours, mlp in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            np.testing.assert_array_equal(routed[f"model.layers.1.block_sparse_moe.experts.{e}.{ours}.weight"],
+                                          source[f"model.layers.1.mlp.{mlp}.weight"])
+    assert not any("layers.1.mlp" in name for name in routed)
+
+
+def test_what_cannot_start_dense_says_so(world, dense, tmp_path):
+    assert "cannot be set to let every token in" in ok("route", dense, "--method", "mod", "--out",
+                                                       tmp_path / "routed").stdout
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--method", "dense"], "--method"), (["--method", "nope"], "dtrnet"),
+    (["--method", "recursion", "--layers", "0,1,2"], "no place for"),
+    (["--method", "dtrnet", "--layers", "9"], "layers below"),
+    (["--method", "dtrnet", "--routing", "window=0"], "window"),
+    (["--method", "moe", "--routing", "expert_size=8"], "which the dense model has not")])
+def test_refused(world, dense, tmp_path, flags, says):
+    assert says in error_line(run("route", dense, *flags, "--out", tmp_path / "routed"))
+    assert not (tmp_path / "routed").exists()
+
+
+def test_routed_models_and_taken_names_are_refused(world, dense, tmp_path):
+    ok("route", dense, "--method", "dtrnet", "--out", tmp_path / "routed")
+    assert "dense model" in error_line(run("route", tmp_path / "routed", "--method", "dtrnet", "--out", tmp_path / "b"))
+    assert "exists" in error_line(run("route", dense, "--method", "dtrnet", "--out", tmp_path / "routed"))
+
+
+TAUGHT = ["--train", "router+lora", "--lora-rank", 2, "--target-share", 0.5, "--distill-temperature", 2,
+          "--distill-weight", 0.75, "--distill-hidden", 0.5]
+
+
+@pytest.fixture(scope="module")
+def routed(world, dense):
+    out = world.root / "routed_to_teach"
+    ok("route", dense, "--method", "dtrnet", "--layers", "all", "--out", out)
+    return out
+
+
+def test_distillation_brings_the_model_to_its_teacher(world, dense, routed, tmp_path):
+    ok(*world.train_args(tmp_path, "--init-from", routed, "--teacher", dense, "--max-steps", 40, "--lr", 0.01, *TAUGHT,
+                         "--share-ramp", 0, "--log-every", 1))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    divergence = [line["divergence"] for line in lines if "divergence" in line]
+    assert len(divergence) == 40 and min(divergence[2:]) > 0
+    assert np.mean(divergence[-5:]) < 0.7 * max(divergence), divergence
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    own = json.loads(ok("eval", "--model", dense, "--data", world.data, "--seq-len", CONTEXT, "--max-tokens", 256,
+                        "--json").stdout)
+    assert summary["teacher_val_loss"] == pytest.approx(own["loss"], rel=1e-6)
+
+
+def test_a_taught_run_resumes_to_the_bit(world, dense, routed, tmp_path):
+    flags = ["--init-from", routed, "--teacher", dense, *TAUGHT, "--max-steps", 6]
+    ok(*world.train_args(tmp_path / "whole", *flags))
+    ok(*world.train_args(tmp_path / "cut", *flags, "--save-every", 3))
+    steps = checkpoints(tmp_path / "cut")
+    assert len(steps) == 2
+    ok(*world.train_args(tmp_path / "again", *flags, "--resume", tmp_path / "cut" / steps[0]))
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole")
+
+
+def test_it_stops_when_the_teacher_is_reached(world, dense, routed, tmp_path):
+    ok(*world.train_args(tmp_path, "--init-from", routed, "--teacher", dense, "--train", "router", "--target-share", 0.9,
+                         "--share-ramp", 0.2, "--max-steps", 200, "--eval-every", 10, "--stop-within", 3))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stopped_by"] == "recovered" and summary["steps"] < 200
+    assert abs(summary["val_share"] - 0.9) < 0.05
+    assert math.exp(summary["val_loss"] - summary["teacher_val_loss"]) <= 3
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--distill-weight", 0.5], "--teacher"), (["--stop-within", 1.1], "--teacher"),
+    (["--teacher", "TEACHER", "--stop-within", 0.5], "--stop-within"),
+    (["--teacher", "nowhere"], "nowhere")])
+def test_bad_distillation(world, dense, routed, tmp_path, flags, says):
+    flags = [dense if f == "TEACHER" else f for f in flags]
+    assert says in error_line(run(*world.train_args(tmp_path, "--init-from", routed, "--max-steps", 2, *flags)))
+
+
+def test_recall_asks_the_same_of_every_model(world, dense, routed, tmp_path):
+    args = ["--data", world.data, "--split", "train", "--seq-len", CONTEXT, "--max-tokens", 128, "--json"]
+    recall = [json.loads(ok("eval", "--model", m, *args, "--recall", LENGTH, "--recall-prompts", 3, "--recall-pairs", 2)
+                         .stdout)["recall"] for m in (dense, dense, routed)]
+    assert recall[0] == recall[1] == recall[2]
+    assert [(r["task"], r["answers"]) for r in recall[0]] == [("needle", 3), ("pairs", 6)]
+    assert all(0 <= r["right"] <= 1 and r["loss"] > 0 for r in recall[0])
+
+
+def test_recall_without_room_is_refused(world, dense):
+    args = ["eval", "--model", dense, "--data", world.data, "--seq-len", CONTEXT, "--max-tokens", 128]
+    assert "eval.recall" in error_line(run(*args, "--recall", 40))
+    assert "context" in error_line(run(*args, "--recall", 1 << 20))
+    assert "--recall needs --data" in error_line(run("eval", "--model", dense, "--text", __file__, "--recall", 64))
