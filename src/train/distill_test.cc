@@ -23,8 +23,10 @@ TEST_P(Distillation, LossAndGradientsAreThoseOfTorch) {
   constexpr int64_t kRows = 150, kVocab = 70000;  // several chunks of rows
   at::manual_seed(1);
   const Tensor h = at::randn({kRows, 12}).requires_grad_();
-  ops::Matrix head{.weight = at::randn({kVocab, 12}).requires_grad_()};
-  ops::Matrix teacher_head{.weight = at::randn({kVocab, 20}) * 0.5};
+  ops::Matrix head;
+  head.weight = at::randn({kVocab, 12}).requires_grad_();
+  ops::Matrix teacher_head;
+  teacher_head.weight = at::randn({kVocab, 20}) * 0.5;
   const Tensor teacher_h = at::randn({kRows, 20});
   Tensor targets = at::randint(0, kVocab, {kRows}, at::kInt);
   targets.slice(0, 3, 9).fill_(-1);
