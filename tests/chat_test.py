@@ -64,8 +64,8 @@ def base(method, context=640):
     config.write_text(json.dumps(CONFIG | {"vocab_size": VOCAB, "max_position_embeddings": context}))
     out = FOLDER / f"chat_{method}_{context}"
     detour("train", "--data", chat_shards(), "--model-config", config, *METHODS[method], "--out-dir", out,
-           "--seq-len", 64, "--micro-batch-size", 2, "--global-batch-size", 2, "--eval-every", 0, "--save-every", 0, "--max-steps", 1,
-           "--tokenizer", chat_tokenizer())
+           "--seq-len", 64, "--micro-batch-size", 2, "--global-batch-size", 2, "--eval-every", 0, "--save-every", 0,
+           "--max-steps", 1, "--tokenizer", chat_tokenizer())
     # A few rows of the vocabulary have no token, as in many models.
     folder = out / "latest"
     tensors = load_file(folder / "model.safetensors")
