@@ -61,6 +61,23 @@ CLI::Validator Number(double low, double high) {
       "");
 }
 
+void AddSamplingOptions(CLI::App& sub, infer::SamplingOptions* options) {
+  sub.add_option("--temp,--temperature", options->temperature, "0: always the likeliest token")
+      ->capture_default_str();
+  sub.add_option("--top-k", options->top_k, "Sample among the k likeliest; 0: all")
+      ->capture_default_str();
+  sub.add_option("--top-p", options->top_p, "Sample among the likeliest with this joint share")
+      ->capture_default_str();
+  sub.add_option("--min-p", options->min_p, "… at least this likely, relative to the likeliest")
+      ->capture_default_str();
+  sub.add_option("--repetition-penalty", options->repetition_penalty,
+                 "Above 1: tokens seen before become less likely")
+      ->capture_default_str();
+  sub.add_option("--seed", options->seed, "Of the sampler")
+      ->check(SeedRange())
+      ->capture_default_str();
+}
+
 void AddExitOptions(CLI::App& sub, model::ExitRule* rule) {
   sub.add_option_function<std::string>(
       "--exit", [rule](const std::string& name) { rule->kind = model::ParseExitKind(name); },

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "data/tokenizer.h"
+#include "infer/sampler.h"
 #include "model/model.h"
 
 namespace detour::cli {
@@ -27,6 +28,9 @@ void ApplyRuntimeOptions(const RuntimeOptions& options);
 /// costs several times the run's time; the policy is read when the library is loaded, so the
 /// program starts itself again with OMP_WAIT_POLICY=passive, unless the user has set one.
 void ApplyTrainingRuntimeOptions(const RuntimeOptions& options);
+
+/// --temp, --top-k, --top-p, --min-p, --repetition-penalty, --seed.
+void AddSamplingOptions(CLI::App& sub, infer::SamplingOptions* options);
 
 /// --exit, --exit-threshold, --exit-from.
 void AddExitOptions(CLI::App& sub, model::ExitRule* rule);

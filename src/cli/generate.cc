@@ -10,6 +10,8 @@
 #include "cli/signals.h"
 #include "core/json.h"
 #include "data/utf8_stream.h"
+#include "infer/answer_text.h"
+#include "infer/sequence.h"
 #include "infer/speculate.h"
 #include "report/memory.h"
 #include "report/table.h"
@@ -28,55 +30,6 @@ struct Options {
   RuntimeOptions runtime;
 };
 
-/// The text of one answer as it grows: whole characters, cut before a stop string.
-class Answer {
- public:
-  explicit Answer(const std::vector<std::string>* stop) : stop_(stop) {}
-
-  /// Text that is certain now; what could still become a stop string is held back.
-  std::string Push(std::string_view bytes) {
-    text_ += utf8_.Push(bytes);
-    return Release(/*final=*/false);
-  }
-  std::string Finish() {
-    if (!stopped_) text_ += utf8_.Flush();
-    return Release(/*final=*/true);
-  }
-  bool stopped() const { return stopped_; }
-
- private:
-  std::string Release(bool final) {
-    size_t end = text_.size();
-    for (const std::string& s : *stop_) {
-      const size_t at = text_.find(s, released_ >= s.size() ? released_ - s.size() : 0);
-      if (at != std::string::npos) {
-        end = std::min(end, std::max(at, released_));
-        stopped_ = true;
-      }
-    }
-    if (!stopped_ && !final) {
-      for (const std::string& s : *stop_) {
-        for (size_t n = std::min(s.size() - 1, text_.size()); n > 0; --n) {
-          if (text_.ends_with(std::string_view(s).substr(0, n))) {
-            end = std::min(end, std::max(text_.size() - n, released_));
-            break;
-          }
-        }
-      }
-    }
-    std::string out = text_.substr(released_, end - released_);
-    released_ = end;
-    if (stopped_) text_.resize(end);
-    return out;
-  }
-
-  const std::vector<std::string>* stop_;
-  data::Utf8Stream utf8_;
-  std::string text_;
-  size_t released_ = 0;
-  bool stopped_ = false;
-};
-
 std::vector<std::string> Prompts(const Options& options) {
   std::vector<std::string> prompts = options.prompts;
   if (!options.prompts_file.empty()) {
@@ -93,16 +46,9 @@ std::vector<std::string> Prompts(const Options& options) {
 
 void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& config,
                 const std::vector<infer::RequestResult>& results) {
-  double routed = 0, positions = 0;
+  infer::Attendance attendance;
   for (const infer::RequestResult& r : results) {
-    for (int32_t l = 0; l < config.num_layers; ++l) {
-      if (!HasRouter(config, l, routing::Site::kLayer) &&
-          !HasRouter(config, l, routing::Site::kMixer)) {
-        continue;
-      }
-      routed += static_cast<double>(r.routed_tokens[l]);
-      positions += static_cast<double>(r.num_positions);
-    }
+    attendance.Add(config, r.routed_tokens, r.num_positions);
   }
   fmt::print(stderr,
              "prompt {} tokens in {:.2f} s; {} new tokens, {:.1f} tok/s in decode; KV cache {}{}; "
@@ -110,9 +56,9 @@ void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& con
              stats.prompt_tokens, stats.prefill_seconds, stats.new_tokens,
              static_cast<double>(stats.decode_tokens) / std::max(stats.decode_seconds, 1e-9),
              report::FormatBytes(static_cast<double>(stats.peak_kv_bytes)),
-             positions > 0 ? fmt::format("; {} of tokens attended in routed layers",
-                                         report::FormatPercent(routed / positions))
-                           : "",
+             attendance.pairs > 0 ? fmt::format("; {} of tokens attended in routed layers",
+                                                report::FormatPercent(attendance.Share()))
+                                  : "",
              report::FormatBytes(static_cast<double>(report::PeakRssBytes())));
 }
 
@@ -200,7 +146,7 @@ void Generate(Options& options) {
         {tokenizer->Encode(prompt, {.add_special_tokens = true}), options.max_tokens});
   }
   InstallStopHandler();
-  std::vector<Answer> answers(prompts.size(), Answer(&options.stop));
+  std::vector<infer::AnswerText> answers(prompts.size(), infer::AnswerText(&options.stop));
   std::vector<std::string> texts(prompts.size());
   const bool stream = prompts.size() == 1 && !options.json;
   const auto emit = [&](size_t request, const std::string& text) {
@@ -261,20 +207,7 @@ void AddGenerateCommand(CLI::App& app) {
   sub->add_option("-n,--max-tokens", options->max_tokens, "New tokens per prompt")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  sub->add_option("--temp,--temperature", g.sampling.temperature, "0: always the likeliest token")
-      ->capture_default_str();
-  sub->add_option("--top-k", g.sampling.top_k, "Sample among the k likeliest; 0: all")
-      ->capture_default_str();
-  sub->add_option("--top-p", g.sampling.top_p, "Sample among the likeliest with this joint share")
-      ->capture_default_str();
-  sub->add_option("--min-p", g.sampling.min_p, "… at least this likely, relative to the likeliest")
-      ->capture_default_str();
-  sub->add_option("--repetition-penalty", g.sampling.repetition_penalty,
-                  "Above 1: tokens seen before become less likely")
-      ->capture_default_str();
-  sub->add_option("--seed", g.sampling.seed, "Of the sampler")
-      ->check(SeedRange())
-      ->capture_default_str();
+  AddSamplingOptions(*sub, &g.sampling);
   sub->add_option("--stop", options->stop, "String that ends an answer; may be given several times")
       ->allow_extra_args(false);
   AddFlag(*sub, "--ignore-eos,!--no-ignore-eos", options->ignore_eos,

@@ -85,6 +85,7 @@ int Run(int argc, char** argv) {
   AddTrainCommand(app);
   AddEvalCommand(app);
   AddGenerateCommand(app);
+  AddChatCommand(app);
   AddLogitsCommand(app);
   AddInfoCommand(app);
   AddVerifyCommand(app);

@@ -10,4 +10,11 @@ void InstallStopHandler();
 /// Whether a signal came since InstallStopHandler(). Thread-safe, one relaxed load.
 bool StopRequested();
 
+/// Forgets a SIGINT that came, so that the next one is a first one again. A SIGTERM stays.
+void ForgetInterrupt();
+
+/// A file descriptor that poll finds readable while a stop is requested; -1 if there is none to be
+/// had.
+int StopDescriptor();
+
 }  // namespace detour::cli

@@ -111,13 +111,7 @@ class Generator {
 
   void CountRouted(const routing::Stream& stream, const std::vector<routing::LayerPlans>& plans) {
     for (size_t l = 0; l < plans.size(); ++l) {
-      // Rows that took part in attention: the layer let them in, and the mixer did.
-      const routing::OuterPlan mixer = PlanOf(plans[l], routing::Site::kMixer);
-      const routing::OuterPlan& outer =
-          mixer.plan->decided() ? mixer : PlanOf(plans[l], routing::Site::kLayer);
-      const std::vector<uint8_t> flags = outer.plan->decided()
-                                             ? OuterFlags(outer, stream.num_rows())
-                                             : std::vector<uint8_t>(stream.num_rows(), 1);
+      const std::vector<uint8_t> flags = AttendingRows(plans[l], stream.num_rows());
       for (const routing::Segment& s : stream.segments) {
         results_[s.sequence].routed_tokens[l] +=
             std::count(flags.begin() + s.begin, flags.begin() + s.end, 1);
@@ -157,7 +151,7 @@ class Generator {
         Sample(logits, a.tokens, options_.sampling, static_cast<uint32_t>(a.index),
                static_cast<uint32_t>(a.tokens.size()));
     ++stats_->new_tokens;
-    const AnswerLimits limits{max_tokens, model_.config.max_position_embeddings, options_.eos_id};
+    const AnswerLimits limits{max_tokens, model_.config.max_position_embeddings, {options_.eos_id}};
     std::function<bool(int32_t)> on_token;
     if (on_token_) on_token = [&](int32_t id) { return on_token_(a.index, id); };
     return AppendToken(token, limits, on_token, &a.tokens, &results_[a.index].tokens);

@@ -105,22 +105,36 @@ void LayerCache::Shrink(Entries& entries, int64_t count) {
   }
 }
 
-void LayerCache::Truncate(int32_t sequence, int64_t num_positions) {
-  if (recent_) recent_->Truncate(sequence, num_positions);
-  const auto it = sequences_.find(sequence);
-  if (it == sequences_.end()) return;
-  Entries& entries = it->second;
+bool LayerCache::Forgotten(const Entries& entries, int64_t entry) const {
+  return entry / kernels::kPageEntries < entries.first_page;
+}
+
+/// Entries of positions below `num_positions`.
+int64_t LayerCache::CountBefore(const Entries& entries, int64_t num_positions) const {
   int64_t count = std::min(entries.count, num_positions);
   // Entry j's position is at least j, so none beyond `count` survives; positions rise.
-  const auto forgotten = [&](int64_t j) { return j / kernels::kPageEntries < entries.first_page; };
-  while (layout_.with_positions && count > 0 && !forgotten(count - 1) &&
+  while (layout_.with_positions && count > 0 && !Forgotten(entries, count - 1) &&
          layout_.Position(entries.pages.data(), count - 1) >= num_positions) {
     --count;
   }
-  DETOUR_CHECK(entries.first_page == 0 || !forgotten(std::max<int64_t>(0, count - readable_)),
+  return count;
+}
+
+bool LayerCache::CanTruncate(int32_t sequence, int64_t num_positions) const {
+  if (recent_ && !recent_->CanTruncate(sequence, num_positions)) return false;
+  const auto it = sequences_.find(sequence);
+  if (it == sequences_.end() || it->second.first_page == 0) return true;
+  const int64_t count = CountBefore(it->second, num_positions);
+  return !Forgotten(it->second, std::max<int64_t>(0, count - readable_));
+}
+
+void LayerCache::Truncate(int32_t sequence, int64_t num_positions) {
+  DETOUR_CHECK(CanTruncate(sequence, num_positions),
                "sequence {} cannot go back to {} positions: its window moved on", sequence,
                num_positions);
-  Shrink(entries, count);
+  if (recent_) recent_->Truncate(sequence, num_positions);
+  const auto it = sequences_.find(sequence);
+  if (it != sequences_.end()) Shrink(it->second, CountBefore(it->second, num_positions));
 }
 
 void LayerCache::Remove(int32_t sequence) {
@@ -153,6 +167,11 @@ RaggedCache::RaggedCache(const model::ModelConfig& config) {
 
 void RaggedCache::Truncate(int32_t sequence, int64_t num_positions) {
   for (auto& layer : layers_) layer->Truncate(sequence, num_positions);
+}
+
+bool RaggedCache::CanTruncate(int32_t sequence, int64_t num_positions) const {
+  return std::ranges::all_of(
+      layers_, [&](const auto& layer) { return layer->CanTruncate(sequence, num_positions); });
 }
 
 void RaggedCache::Remove(int32_t sequence) {

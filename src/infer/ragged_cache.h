@@ -52,6 +52,8 @@ class LayerCache : public ops::KvStore {
   /// Drops entries at positions >= `num_positions`, and pages that hold no entry any more. CHECKs
   /// that nothing forgotten would be needed.
   void Truncate(int32_t sequence, int64_t num_positions);
+  /// Whether Truncate can go back there.
+  bool CanTruncate(int32_t sequence, int64_t num_positions) const;
   void Remove(int32_t sequence);
   /// Entries that stay, and those that a window holds beside them.
   int64_t num_entries(int32_t sequence) const;
@@ -65,6 +67,8 @@ class LayerCache : public ops::KvStore {
     int64_t count = 0, first_page = 0;  // pages before that one were given back
   };
   void Shrink(Entries& entries, int64_t count);
+  bool Forgotten(const Entries& entries, int64_t entry) const;
+  int64_t CountBefore(const Entries& entries, int64_t num_positions) const;
   kernels::KvLayout layout_;
   PagePool pool_;
   std::map<int32_t, Entries> sequences_;
@@ -82,6 +86,8 @@ class RaggedCache {
   /// After this the cache is as if only positions [0, num_positions) of the sequence had been seen.
   /// A model with windows can be taken back by the last call's tokens and ops::kRollback more.
   void Truncate(int32_t sequence, int64_t num_positions);
+  /// Whether it can be taken back that far.
+  bool CanTruncate(int32_t sequence, int64_t num_positions) const;
   void Remove(int32_t sequence);
   /// Pages handed out × page size, over all layers.
   int64_t bytes() const;

@@ -29,8 +29,8 @@ class Speculator {
     }
     const double decode_start = report::MonotonicSeconds();
     stats_->prefill_seconds += decode_start - start;
-    const AnswerLimits limits{options_.max_tokens, model_.config.max_position_embeddings,
-                              options_.eos_id};
+    const AnswerLimits limits{
+        options_.max_tokens, model_.config.max_position_embeddings, {options_.eos_id}};
     SpeculateResult result;
     while (result.finish_reason.empty()) {
       for (int32_t token : Round()) {
