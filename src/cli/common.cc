@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <iterator>
 
@@ -93,6 +94,17 @@ std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& te
     if (next == end) return lengths;
     p = next + 1;
   }
+}
+
+TemporaryFolder::TemporaryFolder() {
+  std::string pattern = std::filesystem::temp_directory_path() / "detour-XXXXXX";
+  if (!mkdtemp(pattern.data())) Fail("cli", "no folder could be made in {}", pattern);
+  path_ = pattern;
+}
+
+TemporaryFolder::~TemporaryFolder() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
 }
 
 std::string ReadInput(const std::string& path) {

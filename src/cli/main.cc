@@ -87,6 +87,7 @@ int Run(int argc, char** argv) {
   AddGenerateCommand(app);
   AddLogitsCommand(app);
   AddInfoCommand(app);
+  AddConvertCommand(app);
   AddVerifyCommand(app);
   AddReportCommand(app);
 

@@ -32,8 +32,8 @@ std::string Tokenizer::DecodeIds(std::span<const int32_t> ids, bool skip_special
 std::vector<std::string> TokenizerFiles(const std::string& path) {
   if (!fs::is_directory(path)) return {path};
   std::vector<std::string> files;
-  for (const char* name :
-       {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}) {
+  for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                           "special_tokens_map.json", "chat_template.jinja"}) {
     if (fs::exists(path + "/" + name)) files.push_back(path + "/" + name);
   }
   return files;
