@@ -57,7 +57,8 @@ void AddEnds(const data::Tokenizer* tokenizer, Json* config) {
                                         tokenizer ? tokenizer->eos_id() : std::nullopt,
                                         tokenizer ? tokenizer->pad_id() : std::nullopt};
   for (size_t i = 0; i < std::size(kEnds); ++i) {
-    if (!config->contains(kEnds[i])) (*config)[kEnds[i]] = ids[i] ? Json(*ids[i]) : Json();
+    Json& id = (*config)[kEnds[i]];  // null: not set
+    if (id.is_null() && ids[i]) id = *ids[i];
   }
 }
 
