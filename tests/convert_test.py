@@ -169,6 +169,7 @@ def with_tokenizer(tmp_path, change=lambda tokenizer, config: None):
     save("talks", tmp_path / "model")
     for path in e2e.tokenizer().iterdir():
         shutil.copy(path, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()  # transformers': without ends
     tokenizer, config = (tmp_path / "model" / n for n in ("tokenizer.json", "tokenizer_config.json"))
     contents = [json.loads(p.read_text()) for p in (tokenizer, config)]
     change(*contents)
