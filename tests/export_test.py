@@ -72,19 +72,9 @@ def written(name, routing, keys):
     return directory
 
 
-def export(source, target, complete=True):
-    """What the program's exporter will do: the weights as they are, the two Python files, and keys of config.json.
-    Options that a test left to their defaults are filled in."""
-    target.mkdir()
-    for path in [source / "model.safetensors", *(ROOT / "src" / "convert" / "python").glob("*.py")]:
-        shutil.copy(path, target)
-    config = json.loads((source / "config.json").read_text())
-    if complete:
-        config["routing"] = with_defaults(config)
-    config |= {"model_type": "detour", "architectures": ["DetourForCausalLM"],
-               "auto_map": {"AutoConfig": "configuration_detour.DetourConfig",
-                            "AutoModelForCausalLM": "modeling_detour.DetourForCausalLM"}}
-    (target / "config.json").write_text(json.dumps(config))
+def export(source, target):
+    """What `detour convert` makes of a directory."""
+    detour("convert", source, target)
     return target
 
 
@@ -240,8 +230,12 @@ def test_saved_and_loaded_again(name):
     target = FOLDER / f"saved_{name}"
     exported.save_pretrained(target)
     assert {p.name for p in target.glob("*.py")} == {"configuration_detour.py", "modeling_detour.py"}
-    before, after = load_file(source / "model.safetensors"), load_file(target / "model.safetensors")
-    assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
+    expect = pathlib.Path(logits(source, tokens(), "--threads", 1)).read_bytes()
+    before = load_file(source / "model.safetensors")
+    for directory in (FOLDER / f"exported_{name}", target):  # the program loads both
+        after = load_file(directory / "model.safetensors")
+        assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
+        assert pathlib.Path(logits(directory, tokens(), "--threads", 1)).read_bytes() == expect
     ids, mask = padded(left=False)
     again = load(target)
     assert again.config.routing == exported.config.routing
@@ -269,21 +263,31 @@ def assert_as_the_program(exported, directory):
 
 @pytest.mark.parametrize("keys", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 1}, ROPE])
 def test_dense_is_llama(keys):
-    """A dense directory as it is, and exported as a model of this kind without routers."""
+    """A dense directory as it is, and exported."""
     name = f"dense_{'_'.join(keys)}"
     directory = written(name, None, keys)
     llama = AutoModelForCausalLM.from_pretrained(directory)
     assert isinstance(llama, LlamaForCausalLM)
     assert_as_the_program(llama.eval(), directory)
-    assert_as_the_program(load(export(directory, FOLDER / f"exported_{name}")), directory)
+    exported = load(export(directory, FOLDER / f"exported_{name}"))
+    assert isinstance(exported, LlamaForCausalLM)
+    assert_as_the_program(exported, directory)
+
+
+def test_dense_that_is_no_llama():
+    """transformers' Llama wants a hidden size that the heads divide: else it is a model of this kind, without routers."""
+    directory = written("dense_odd", None, {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16})
+    exported = load(export(directory, FOLDER / "exported_dense_odd"))
+    assert type(exported).__name__ == "DetourForCausalLM"
+    assert_as_the_program(exported, directory)
 
 
 @pytest.mark.parametrize("method,flags", [("dtrnet+moe", ("--routing", "moe.experts=4")), ("mod", ()),
                                           ("skip", ("--routing", "kv=executed"))])
 def test_trained_directories(method, flags):
-    """What `detour train` writes has every option that the exported files ask for."""
+    """What `detour train` writes, exported."""
     source = train(FOLDER / f"trained_{method}", method, "--max-steps", 2, "--threads", 1, *flags)
-    target = export(source, FOLDER / f"exported_{method}", complete=False)
+    target = export(source, FOLDER / f"exported_{method}")
     assert_as_the_program(load(target), source)
 
 

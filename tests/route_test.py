@@ -81,6 +81,15 @@ def test_routed_models_and_taken_names_are_refused(world, dense, tmp_path):
     assert "exists" in error_line(run("route", dense, "--method", "dtrnet", "--out", tmp_path / "routed"))
 
 
+def test_gguf_files_are_converted_first(world, dense, tmp_path):
+    ok("convert", dense, tmp_path / "dense.gguf")
+    for args in (["route", tmp_path / "dense.gguf", "--method", "dtrnet", "--out", tmp_path / "routed"],
+                 world.train_args(tmp_path / "out", "--init-from", tmp_path / "dense.gguf", "--max-steps", 1),
+                 world.train_args(tmp_path / "out", "--init-from", dense, "--teacher", tmp_path / "dense.gguf",
+                                  "--max-steps", 1)):
+        assert "detour convert" in error_line(run(*args))
+
+
 TAUGHT = ["--train", "router+lora", "--lora-rank", 2, "--target-share", 0.5, "--distill-temperature", 2,
           "--distill-weight", 0.75, "--distill-hidden", 0.5]
 

@@ -14,6 +14,7 @@
 #include "cli/line_reader.h"
 #include "cli/run_config.h"
 #include "cli/signals.h"
+#include "convert/load.h"
 #include "core/json.h"
 #include "io/atomic.h"
 #include "report/table.h"
@@ -59,9 +60,9 @@ void AddEosIds(const Json& config, const std::string& where, std::vector<int32_t
 }
 
 Loaded Load(const std::string& path) {
-  Loaded loaded{.model = model::LoadModel(path),
-                .tokenizer = data::Tokenizer::Load(path),
-                .chat = data::ChatTemplate::Load(path)};
+  Loaded loaded{.model = convert::LoadModel(path),
+                .tokenizer = convert::LoadTokenizer(path),
+                .chat = convert::LoadChatTemplate(path)};
   AddEosIds(loaded.model.config.extra, path + "/config.json", &loaded.eos_ids);
   const std::string generation = path + "/generation_config.json";
   if (std::filesystem::exists(generation)) {

@@ -17,6 +17,7 @@ void AddEvalCommand(CLI::App& app);
 void AddGenerateCommand(CLI::App& app);
 void AddChatCommand(CLI::App& app);
 void AddLogitsCommand(CLI::App& app);
+void AddConvertCommand(CLI::App& app);
 void AddInfoCommand(CLI::App& app);
 void AddVerifyCommand(CLI::App& app);
 void AddReportCommand(CLI::App& app);

@@ -6,9 +6,11 @@
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <iterator>
 
+#include "convert/load.h"
 #include "core/error.h"
 #include "core/threads.h"
 #include "io/atomic.h"
@@ -110,6 +112,23 @@ std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& te
     if (next == end) return lengths;
     p = next + 1;
   }
+}
+
+TemporaryFolder::TemporaryFolder() {
+  std::string pattern = std::filesystem::temp_directory_path() / "detour-XXXXXX";
+  if (!mkdtemp(pattern.data())) Fail("cli", "no folder could be made in {}", pattern);
+  path_ = pattern;
+}
+
+TemporaryFolder::~TemporaryFolder() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
+}
+
+void RefuseGguf(const std::string& flag, const std::string& path) {
+  if (!convert::IsGguf(path)) return;
+  Fail("flag", "{}: expected a model directory, got the GGUF file {}. Hint: detour convert {} DIR",
+       flag, path, path);
 }
 
 std::string ReadInput(const std::string& path) {

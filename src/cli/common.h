@@ -44,6 +44,22 @@ CLI::Validator SeedRange();
 /// "2048,8192" -> {2048, 8192}. Error("flag") naming `flag` for anything but positive integers.
 std::vector<int64_t> ParseLengths(const std::string& flag, const std::string& text);
 
+/// A folder for the time of one command.
+class TemporaryFolder {
+ public:
+  TemporaryFolder();
+  ~TemporaryFolder();
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+/// Error("flag") if the path given to `flag`, which trains on from a model, is a GGUF file.
+void RefuseGguf(const std::string& flag, const std::string& path);
+
 /// The whole of standard input, or of `path` if it is not "-".
 std::string ReadInput(const std::string& path);
 

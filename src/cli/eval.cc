@@ -1,12 +1,11 @@
 #include <CLI/CLI.hpp>
 #include <cmath>
-#include <cstdlib>
-#include <filesystem>
 #include <memory>
 
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/run_config.h"
+#include "convert/load.h"
 #include "core/json.h"
 #include "data/prepare.h"
 #include "eval/perplexity.h"
@@ -119,28 +118,10 @@ void Print(const eval::EvalResult& r) {
   }
 }
 
-/// A folder for the time of one command.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string pattern = std::filesystem::temp_directory_path() / "detour-eval-XXXXXX";
-    if (!mkdtemp(pattern.data())) Fail("eval", "no folder could be made in {}", pattern);
-    path_ = pattern;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
 /// Text of the user's own: packed with the model's tokenizer, all of it evaluated.
 eval::EvalResult EvaluateTexts(const model::Model& model, const Options& options) {
   const TemporaryFolder folder;
-  const auto tokenizer = data::Tokenizer::Load(options.model);
+  const auto tokenizer = convert::LoadTokenizer(options.model);
   data::PrepareOptions prepare;
   prepare.inputs = options.texts;
   prepare.out_dir = folder.path() + "/shards";
@@ -164,8 +145,8 @@ void Eval(const Options& options) {
   if (options.data.empty() == options.texts.empty()) {
     Fail("flag", "give either --data DIR or --text PATH");
   }
-  const model::Model model = model::LoadModel(options.model);
   if (!options.recall.empty() && options.data.empty()) Fail("flag", "--recall needs --data");
+  const model::Model model = convert::LoadModel(options.model);
   const eval::EvalResult result =
       options.texts.empty() ? EvaluateShards(model, options) : EvaluateTexts(model, options);
   Json json = ToJson(result);
@@ -174,7 +155,7 @@ void Eval(const Options& options) {
     eval::RecallOptions recall = options.recall_options;
     recall.lengths = ParseLengths("--recall", options.recall);
     const std::vector<eval::RecallResult> found =
-        eval::Recall(model, *data::Tokenizer::Load(options.model),
+        eval::Recall(model, *convert::LoadTokenizer(options.model),
                      data::TokenShards::Open(options.data, SplitOf(options)), recall);
     json["recall"] = ToJson(found);
     if (!options.json) Print(found);
@@ -188,7 +169,7 @@ void AddEvalCommand(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* sub =
       app.add_subcommand("eval", "Loss, perplexity, bits per byte and routing statistics");
-  sub->add_option("-m,--model", options->model, "Model directory")->required();
+  sub->add_option("-m,--model", options->model, "Model directory or .gguf")->required();
   sub->add_option("--data", options->data, "Shards made by detour prepare");
   sub->add_option("--text", options->texts, "Text files, JSON lines or folders instead");
   sub->add_option("--split", options->split, "Of the shards")

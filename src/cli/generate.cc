@@ -8,6 +8,7 @@
 #include "cli/common.h"
 #include "cli/run_config.h"
 #include "cli/signals.h"
+#include "convert/load.h"
 #include "core/json.h"
 #include "data/utf8_stream.h"
 #include "infer/answer_text.h"
@@ -133,8 +134,8 @@ void Generate(Options& options) {
     if (s.empty()) Fail("generate.options", "--stop: expected a string, got an empty one");
   }
   const std::vector<std::string> prompts = Prompts(options);
-  const model::Model model = model::LoadModel(options.model);
-  const auto tokenizer = data::Tokenizer::Load(options.model);
+  const model::Model model = convert::LoadModel(options.model);
+  const auto tokenizer = convert::LoadTokenizer(options.model);
   if (tokenizer->vocab_size() > model.config.vocab_size) {
     Fail("generate", "{}: the tokenizer has {} tokens, the model {}", options.model,
          tokenizer->vocab_size(), model.config.vocab_size);
@@ -200,7 +201,8 @@ void AddGenerateCommand(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = app.add_subcommand("generate", "Continue prompts");
   infer::GenerateOptions& g = options->generate;
-  sub->add_option("-m,--model", options->model, "Model directory with its tokenizer")->required();
+  sub->add_option("-m,--model", options->model, "Model directory with its tokenizer, or .gguf")
+      ->required();
   sub->add_option("-p,--prompt", options->prompts, "Prompt; may be given several times")
       ->allow_extra_args(false);
   sub->add_option("--prompts", options->prompts_file, "File with a prompt per line; - for stdin");

@@ -6,6 +6,7 @@
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/run_config.h"
+#include "convert/load.h"
 #include "core/json.h"
 #include "model/cost.h"
 #include "report/table.h"
@@ -143,7 +144,7 @@ void Print(const model::ModelConfig& c, double share, const std::vector<Row>& ro
 }
 
 void Info(const Options& options) {
-  const model::ModelConfig config = model::LoadConfig(options.model);
+  const model::ModelConfig config = convert::LoadConfig(options.model);
   if (options.match_flops > 0) {
     fmt::print("{}\n",
                ConfigToJson(MatchFlops(config, options.match_flops, options.share)).dump(2));
@@ -165,7 +166,7 @@ void Info(const Options& options) {
 void AddInfoCommand(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = app.add_subcommand("info", "Parameters, FLOPs per token, KV bytes, beside dense");
-  sub->add_option("model", options->model, "Model directory or config.json")->required();
+  sub->add_option("model", options->model, "Model directory, config.json or .gguf")->required();
   sub->add_option("--seq-len", options->lengths, "Lengths, e.g. 2048,8192,20480")
       ->capture_default_str();
   sub->add_option("--share", options->share, "Share of tokens that attend in routed layers")

@@ -5,6 +5,7 @@
 
 #include "cli/commands.h"
 #include "cli/common.h"
+#include "convert/load.h"
 #include "infer/score.h"
 #include "io/atomic.h"
 #include "io/safetensors.h"
@@ -27,7 +28,7 @@ std::span<const std::byte> Bytes(const std::vector<T>& values) {
 
 void Logits(const Options& options) {
   ApplyRuntimeOptions(options.runtime);
-  const model::Model model = model::LoadModel(options.model);
+  const model::Model model = convert::LoadModel(options.model);
   const io::SafetensorsFile file = io::SafetensorsFile::Open(options.tokens);
   const std::vector<int64_t> shape = file.Get("input_ids").shape;
   if (shape.empty() || shape.size() > 2) {
@@ -93,7 +94,7 @@ void AddLogitsCommand(CLI::App& app) {
   CLI::App* sub = app.add_subcommand(
       "logits", "Logits and routing decisions of given tokens, to compare engines");
   sub->add_option("-m,--model", options->model,
-                  "Hugging Face Llama directory, one of the public DTRNet code, or ours")
+                  "Hugging Face directory, one of the public DTRNet code, ours, or .gguf")
       ->required();
   sub->add_option("--tokens", options->tokens,
                   "safetensors with input_ids int32 [B,T] or [T], optional lengths int32 [B]")

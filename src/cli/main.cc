@@ -88,6 +88,7 @@ int Run(int argc, char** argv) {
   AddChatCommand(app);
   AddLogitsCommand(app);
   AddInfoCommand(app);
+  AddConvertCommand(app);
   AddVerifyCommand(app);
   AddReportCommand(app);
   AddRouteCommand(app);

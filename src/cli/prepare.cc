@@ -12,6 +12,7 @@
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/signals.h"
+#include "convert/load.h"
 #include "core/threads.h"
 #include "data/tokenizer.h"
 #include "report/status.h"
@@ -98,10 +99,15 @@ void RunPrepare(PrepareFlags flags) {
                                                        : SourceFormat::kAuto;
   options.documents.max_line_bytes = flags.max_line_mb << 20;
   if (flags.threads > 0) SetNumThreads(flags.threads);
-  const auto tokenizer = data::Tokenizer::Load(flags.tokenizer);
+  const auto tokenizer = convert::LoadTokenizer(flags.tokenizer);
   const data::TextEncoder encoder = data::EncoderOf(*tokenizer, flags.parse_special);
 
-  options.copies = data::TokenizerFiles(flags.tokenizer);
+  std::optional<TemporaryFolder> files;
+  if (convert::IsGguf(flags.tokenizer)) {
+    files.emplace();
+    convert::WriteTokenizerFiles(flags.tokenizer, files->path());
+  }
+  options.copies = data::TokenizerFiles(files ? files->path() : flags.tokenizer);
   InstallStopHandler();
   report::StatusLine status;
   std::optional<report::Eta> eta;
@@ -133,7 +139,8 @@ void AddPrepareCommand(CLI::App& app) {
           "Text files, JSON lines (.jsonl), folders of such files, or - for standard input")
       ->required();
   command
-      ->add_option("--tokenizer", flags->tokenizer, "Folder with tokenizer.json or tokenizer.model")
+      ->add_option("--tokenizer", flags->tokenizer,
+                   "Folder with tokenizer.json or tokenizer.model, or .gguf")
       ->required();
   command->add_option("--out-dir", options.out_dir, "Folder to write")->required();
   command->add_flag("--overwrite", options.overwrite, "Replace the shards in --out-dir");

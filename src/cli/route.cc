@@ -76,6 +76,7 @@ void PrintStart(const Options& options, const model::Model& routed) {
 void Route(Options options) {
   ApplyRuntimeOptions(options.runtime);
   train::TrainConfig& c = options.train;
+  RefuseGguf("MODEL", c.init_from);
   if (c.method.empty() || c.method == "dense") {
     Fail("flag", "--method: expected a routing method, e.g. dtrnet (docs/routing.md)");
   }

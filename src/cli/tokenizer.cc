@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cli/commands.h"
+#include "convert/load.h"
 #include "core/error.h"
 #include "core/json.h"
 #include "data/bpe_trainer.h"
@@ -157,7 +158,7 @@ std::string OneLine(const std::string& text) {
 }
 
 void RunEncode(const CodeFlags& flags) {
-  const auto tokenizer = data::Tokenizer::Load(flags.model);
+  const auto tokenizer = convert::LoadTokenizer(flags.model);
   const std::vector<int32_t> ids = tokenizer->Encode(
       StdinText(),
       {.add_special_tokens = flags.add_special, .parse_special = !flags.plain_special});
@@ -192,7 +193,7 @@ std::vector<int32_t> ParseIds(std::string_view text) {
 }
 
 void RunDecode(const CodeFlags& flags) {
-  const auto tokenizer = data::Tokenizer::Load(flags.model);
+  const auto tokenizer = convert::LoadTokenizer(flags.model);
   const std::string text =
       tokenizer->Decode(flags.ids.empty() ? ParseIds(StdinText()) : flags.ids, flags.skip_special);
   fwrite(text.data(), 1, text.size(), stdout);
@@ -236,7 +237,9 @@ void AddEncode(CLI::App& parent) {
   const auto flags = std::make_shared<CodeFlags>();
   CLI::App* command =
       parent.add_subcommand("encode", "Text from standard input, exactly, to token ids");
-  command->add_option("--model", flags->model, "Folder with tokenizer.json or tokenizer.model")
+  command
+      ->add_option("--model", flags->model,
+                   "Folder with tokenizer.json or tokenizer.model, or .gguf")
       ->required();
   command->add_flag("--ids-only", flags->ids_only,
                     "All ids on one line, separated by blanks; otherwise a line per token");
@@ -252,7 +255,9 @@ void AddEncode(CLI::App& parent) {
 void AddDecode(CLI::App& parent) {
   const auto flags = std::make_shared<CodeFlags>();
   CLI::App* command = parent.add_subcommand("decode", "Token ids to the bytes they stand for");
-  command->add_option("--model", flags->model, "Folder with tokenizer.json or tokenizer.model")
+  command
+      ->add_option("--model", flags->model,
+                   "Folder with tokenizer.json or tokenizer.model, or .gguf")
       ->required();
   command->add_option("ids", flags->ids, "Token ids; without any they come from standard input");
   command->add_flag("--skip-special-tokens", flags->skip_special, "Leave special tokens out");

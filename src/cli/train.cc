@@ -159,6 +159,8 @@ void AddRunFlags(CLI::App& sub, train::TrainConfig& c) {
 void Train(const Options& options) {
   ApplyTrainingRuntimeOptions(options.runtime);
   const train::TrainConfig& c = options.train;
+  RefuseGguf("--init-from", c.init_from);
+  RefuseGguf("--teacher", c.distill.teacher);
   if (options.dry_run) {
     const model::ModelConfig m = train::ResolveModelConfig(c);
     fmt::print("model: {} parameters ({} in routers), method {}\nrun: {} steps of {} tokens\n",

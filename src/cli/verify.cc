@@ -10,6 +10,7 @@
 
 #include "cli/commands.h"
 #include "cli/common.h"
+#include "convert/load.h"
 #include "core/error.h"
 #include "core/op_counter.h"
 #include "core/rng.h"
@@ -311,7 +312,7 @@ void AddRoutingRungs(const Scores& full, Ladder* ladder) {
 
 void Verify(const Options& options) {
   ApplyRuntimeOptions({.threads = options.threads});
-  const model::Model model = model::LoadModel(options.model);
+  const model::Model model = convert::LoadModel(options.model);
   const Sequences sequences = RandomSequences(model.config, options.tokens);
   fmt::print("{}: method {}, {} parameters; {} random tokens in {} sequences; {}, {} threads\n",
              options.model, MethodName(model.config),
@@ -344,7 +345,7 @@ void AddVerifyCommand(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = app.add_subcommand(
       "verify", "Check on this machine that every way to run a model gives the same bits");
-  sub->add_option("model", options->model, "Model directory")->required();
+  sub->add_option("model", options->model, "Model directory or .gguf")->required();
   sub->add_option("--tokens", options->tokens, "Random tokens, over all sequences")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
       ->capture_default_str();

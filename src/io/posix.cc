@@ -109,6 +109,15 @@ Mapping MapFile(const std::string& path) {
           {static_cast<const std::byte*>(data), size}};
 }
 
+void ForgetPages(std::span<const std::byte> bytes) {
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(bytes.data());
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t end = (begin + bytes.size()) / page * page;
+  // A hint: where it fails the pages stay.
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+}
+
 FileWriter::FileWriter(std::string path)
     : path_(std::move(path)), fd_(Retry([this] {
         return open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOCTTY, 0666);

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
@@ -40,6 +41,13 @@ struct Mapping {
 };
 /// A regular file, as Fd::OpenRegular; Error("io.read"). An empty file has no bytes.
 Mapping MapFile(const std::string& path);
+
+/// Elements that are converted at once out of a mapping, a multiple of every block.
+inline constexpr int64_t kConvertElements = int64_t{1} << 22;
+
+/// The process keeps no pages of the mapped file for `bytes` (within a Mapping): they come back
+/// from the file if they are read again. So a tensor that was converted counts once, not twice.
+void ForgetPages(std::span<const std::byte> bytes);
 
 /// One file being written. Without Finish the destructor removes the file again: nothing
 /// half-written stays.

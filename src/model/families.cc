@@ -45,6 +45,9 @@ constexpr std::string_view kKept[] = {"bos_token_id",
                                       "output_router_logits"};
 // Keys of single families: read below, and written back as they were.
 constexpr std::string_view kLlamaKeys[] = {"attention_bias", "mlp_bias"};
+// A directory exported with its Python files (src/convert/hf_export.h): a Llama with routers. What
+// points transformers to the files means nothing here.
+constexpr const char* kDetourType = "detour";
 constexpr std::string_view kMistralKeys[] = {"sliding_window", "layer_types"};
 constexpr std::string_view kQwenKeys[] = {"use_sliding_window", "sliding_window", "layer_types",
                                           "max_window_layers", "attention_bias"};
@@ -364,8 +367,12 @@ ModelConfig DenseTwin(const ModelConfig& config) {
 ModelConfig ParseConfig(const Json& json, const std::string& name) {
   ModelConfig c;
   c.model_type = GetStringOr(json, "model_type", name, "llama");
-  const Family& family = FindFamily(c.model_type, name);
   std::vector<std::string_view> known(std::begin(kRead), std::end(kRead));
+  if (c.model_type == kDetourType) {
+    c.model_type = "llama";
+    known.push_back("auto_map");
+  }
+  const Family& family = FindFamily(c.model_type, name);
   known.insert(known.end(), std::begin(kKept), std::end(kKept));
   known.insert(known.end(), family.keys.begin(), family.keys.end());
   CheckKnownKeys(json, known, name);
