@@ -239,7 +239,8 @@ def test_saved_and_loaded_again(name):
     ids, mask = padded(left=False)
     again = load(target)
     assert again.config.routing == exported.config.routing
-    assert torch.equal(again(ids, attention_mask=mask).logits, exported(ids, attention_mask=mask).logits)
+    # Equal weights; where a tensor lies in its file torch's order of sums may depend on.
+    assert relative_error(again(ids, attention_mask=mask).logits, exported(ids, attention_mask=mask).logits) <= 1e-6
 
 
 def test_loss_and_last_logits():
@@ -276,7 +277,7 @@ def test_dense_is_llama(keys):
 
 def test_dense_that_is_no_llama():
     """transformers' Llama wants a hidden size that the heads divide: else it is a model of this kind, without routers."""
-    directory = written("dense_odd", None, {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16})
+    directory = written("dense_odd", None, {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16})
     exported = load(export(directory, FOLDER / "exported_dense_odd"))
     assert type(exported).__name__ == "DetourForCausalLM"
     assert_as_the_program(exported, directory)
