@@ -165,7 +165,13 @@ class NormMlp : public GateScorer {
     at::NoGradGuard no_grad;
     second_.bias[1].add_(delta);
   }
-  void Open(double margin) override { SetAll(margin, 1, &second_); }
+  /// Its hidden layer is normed, so that drawn weights move no row far from the margin; and rows
+  /// that differ a little from the start give the ratio controller something to tell apart.
+  void Open(double margin) override {
+    at::NoGradGuard no_grad;
+    second_.bias.zero_();
+    ShiftBias(margin);
+  }
   int64_t FlopsPerRow() const override {
     return 2 * (first_.weight.numel() + second_.weight.numel());
   }

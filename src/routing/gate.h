@@ -29,7 +29,7 @@ class GateScorer {
   virtual void ForEachTensor(const TensorVisitor& visit) = 0;
   virtual void Initialize() {}
   virtual void ShiftBias(double delta) = 0;
-  /// Sets the last layer so that the difference is `margin` for every row.
+  /// Sets the last layer so that the difference is `margin` for every row, or near it.
   virtual void Open(double margin) = 0;
   virtual int64_t FlopsPerRow() const = 0;
 };
