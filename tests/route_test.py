@@ -126,8 +126,8 @@ def test_a_taught_run_resumes_to_the_bit(world, dense, routed, tmp_path):
 
 def test_it_stops_when_the_teacher_is_reached(world, dense, routed, tmp_path):
     ok(*world.train_args(tmp_path, "--init-from", routed, "--teacher", dense, "--train", "router", "--target-share", 0.9,
-                         "--share-ramp", 0.2, "--max-steps", 200, "--eval-every", 10, "--stop-within", 3, "--lr", 1e-4,
-                         "--min-lr", 1e-5))
+                         "--share-ramp", 0.2, "--max-steps", 200, "--eval-every", 10, "--stop-within", 3, "--lr", 1e-5,
+                         "--min-lr", 1e-6))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["stopped_by"] == "recovered" and summary["steps"] < 200
     assert abs(summary["val_share"] - 0.9) < 0.05
