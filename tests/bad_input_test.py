@@ -383,12 +383,15 @@ def test_seeds_beyond_int64_are_refused(world, tmp_path):
 
 
 def test_vocabulary_mismatch(world, model, tmp_path):
-    refused(*world.train_args(tmp_path / "out", "--max-steps", 2, config=world.config("v.json", vocab_size=500)),
-            parts=["500", str(VOCAB)])
-    assert not list(tmp_path.rglob("step-*"))
+    refused(*world.train_args(tmp_path / "out", "--max-steps", 2, config=world.config("v.json", vocab_size=300)),
+            parts=["300", str(VOCAB)])
     ok("tokenizer", "train", "--input", world.corpus, "--vocab-size", 300, "--out-dir", tmp_path / "tok")
     ok("prepare", world.corpus, "--tokenizer", tmp_path / "tok", "--out-dir", tmp_path / "data")
-    refused("eval", "--model", model, "--data", tmp_path / "data", "--seq-len", CONTEXT, parts=["300", str(VOCAB)])
+    refused("eval", "--model", model, "--data", tmp_path / "data", "--seq-len", CONTEXT,
+            parts=["300", str(VOCAB), "detour prepare"])
+    refused("train", "--init-from", model, "--data", tmp_path / "data", "--seq-len", CONTEXT, "--max-steps", 2,
+            "--out-dir", tmp_path / "out", parts=["300", str(VOCAB), "detour prepare"])
+    assert not list(tmp_path.rglob("step-*"))
 
 
 SHARDS = {

@@ -139,7 +139,7 @@ REFUSED = [
     (["--train", "lora", "--lora-alpha", "nan"], ["--lora-alpha", "positive"]),
     (["--train", "lora", "--lora-rank", "0", "--lora-alpha", "-1"], ["--lora-rank", "--lora-alpha"]),
     (["--lora-rank", "4"], ["--lora-rank needs --train lora"]),
-    (["--method", "moe"], ["--init-from", "method moe needs", "experts"]),
+    (["--method", "moe", "--routing", "expert_size=8"], ["--init-from", "method moe needs", "experts"]),
     (["--layout", "1"], ["--layout"]),
 ]
 

@@ -136,8 +136,11 @@ data::Split SplitOf(const Options& options) {
 }
 
 eval::EvalResult EvaluateShards(const model::Model& model, const Options& options) {
-  return eval::Evaluate(model, data::TokenShards::Open(options.data, SplitOf(options)),
-                        options.eval);
+  const auto shards = data::TokenShards::Open(options.data, SplitOf(options));
+  if (convert::IsGguf(options.model) || data::HasTokenizer(options.model)) {
+    data::CheckMadeWith(shards, *convert::LoadTokenizer(options.model), options.model);
+  }
+  return eval::Evaluate(model, shards, options.eval);
 }
 
 void Eval(const Options& options) {

@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/json.h"
 #include "core/sha256.h"
+#include "data/shards.h"
 #include "io/atomic.h"
 
 namespace detour::data {
@@ -39,14 +40,27 @@ std::vector<std::string> TokenizerFiles(const std::string& path) {
   return files;
 }
 
+bool HasTokenizer(const std::string& path) {
+  return fs::exists(path + "/tokenizer.json") || fs::exists(path + "/tokenizer.model");
+}
+
+void CheckMadeWith(const TokenShards& shards, const Tokenizer& tokenizer,
+                   const std::string& model) {
+  if (shards.vocab_size() == tokenizer.vocab_size()) return;
+  Fail("data.tokenizer",
+       "{}: its tokenizer has {} tokens, the data were made with one of {}. Hint: detour prepare "
+       "TEXT --tokenizer {} --out-dir DIR",
+       model, tokenizer.vocab_size(), shards.vocab_size(), model);
+}
+
 std::unique_ptr<Tokenizer> Tokenizer::Load(const std::string& path) {
   std::string file = path;
   if (fs::is_directory(path)) {
-    file = path + "/tokenizer.json";
-    if (!fs::exists(file)) file = path + "/tokenizer.model";
-    if (!fs::exists(file)) {
+    if (!HasTokenizer(path)) {
       Fail("data.tokenizer", "{}: expected tokenizer.json or tokenizer.model, got neither", path);
     }
+    file = path + "/tokenizer.json";
+    if (!fs::exists(file)) file = path + "/tokenizer.model";
   }
   const std::string content = io::ReadFile(file, kMaxFileBytes);
   std::unique_ptr<Tokenizer> tokenizer = fs::path(file).extension() == ".json"

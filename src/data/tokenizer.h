@@ -13,6 +13,7 @@
 namespace detour::data {
 
 struct GgufTokenizer;
+class TokenShards;
 
 struct EncodeOptions {
   /// Put bos/eos around the text where the tokenizer's post-processor says so.
@@ -84,6 +85,13 @@ class Tokenizer {
 /// The tokenizer's files at `path` (a directory, or one file): what to copy to keep it with a
 /// model.
 std::vector<std::string> TokenizerFiles(const std::string& path);
+
+/// Whether there is a directory `path` with a tokenizer.
+bool HasTokenizer(const std::string& path);
+
+/// Error("data.tokenizer") if `shards` were made with a tokenizer of another size than `tokenizer`,
+/// that of the model at `model`: such ids mean something else. Costs nothing.
+void CheckMadeWith(const TokenShards& shards, const Tokenizer& tokenizer, const std::string& model);
 
 /// BPE from the text of a tokenizer.json; `name` is used in messages.
 std::unique_ptr<Tokenizer> LoadTokenizerJson(std::string_view json, const std::string& name);

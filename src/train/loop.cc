@@ -137,9 +137,14 @@ void Run::Prepare() {
   for (const routing::RoutingConfig& r : model_.config.routing) {
     state_.duals.push_back(r.NumberOr("aux_loss_coeff", 0));
   }
-  if (model_.config.vocab_size != train_.vocab_size()) {
+  // Real models often have more rows than their tokenizer has tokens.
+  if (model_.config.vocab_size < train_.vocab_size()) {
     Fail("train.config", "the model has a vocabulary of {}, the data {} were made with one of {}",
          model_.config.vocab_size, config_.data_dir, train_.vocab_size());
+  }
+  if (!config_.init_from.empty() && data::HasTokenizer(config_.init_from)) {
+    const auto tokenizer = data::Tokenizer::Load(config_.init_from);
+    data::CheckMadeWith(train_, *tokenizer, config_.init_from);
   }
   if (config_.seq_len > model_.config.max_position_embeddings) {
     Fail("train.config", "--seq-len {} is beyond the model's max_position_embeddings {}",
