@@ -41,6 +41,7 @@ ROPE = {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_th
 MORE = {
     "early_exit": (early_exit(), {}),
     "random": (dtrnet(**RANDOM), {}),
+    "dtrnet_scaled": (dtrnet(bypass="constant", value_scale=True, estimator="ste"), {}),
     "random_reserved": (dtrnet(bypass="constant", reserved=4, **RANDOM), {}),
     "random_seed": (dllm(**RANDOM | {"decider_seed": 1}), {}),
     "skip_random": (skip(**RANDOM), {}),

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from robust_fixtures import CONTEXT, checkpoints, error_line, ok, run, weights, world  # noqa: F401
@@ -47,6 +49,53 @@ def test_it_starts_as_the_dense_model(world, dense, tmp_path, name):
     source, routed = load_file(dense / "model.safetensors"), load_file(tmp_path / "routed" / "model.safetensors")
     for key in set(source) & set(routed):
         assert source[key].tobytes() == routed[key].tobytes(), key
+
+
+def first_tokens(folder, num):
+    """The first tokens of the training split, and where documents begin among them (docs/formats.md)."""
+    data = (folder / "train-00000.bin").read_bytes()
+    num_tokens, num_documents = np.frombuffer(data, "<u8", 2, 16).astype(int)
+    ids = np.frombuffer(data, "<u2", num, 64).astype(int)
+    begins = np.frombuffer(data, "<u8", num_documents, 64 + (2 * num_tokens + 7) // 8 * 8).astype(int)
+    return ids, [int(b) for b in begins if b < num]
+
+
+@pytest.mark.parametrize("bypass", ["constant", "value"])
+def test_a_bypass_is_fitted_to_attention(world, dense, tmp_path, bypass):
+    printed = ok("route", dense, "--method", "dtrnet", "--layers", "all", "--routing", f"bypass={bypass}", "--routing",
+                 "value_scale=true", "--data", world.data, "--seq-len", CONTEXT, "--eval-tokens", 4 * CONTEXT, "--out",
+                 tmp_path / "routed").stdout
+    assert "bypass fitted" in printed and "1.0000 times" in printed
+    torch.set_num_threads(1)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(dense, attn_implementation="eager").eval()
+    ids, begins = first_tokens(world.data, 4 * CONTEXT)
+    cuts = sorted({*begins, *range(0, len(ids), CONTEXT), len(ids)})
+    answers, values = {}, {}
+
+    def keep(where, at):
+        return lambda module, args, out: where.setdefault(at, []).append(out[0] if isinstance(out, tuple) else out)
+    for i, layer in enumerate(oracle.model.layers):
+        layer.self_attn.register_forward_hook(keep(answers, i))
+        layer.self_attn.v_proj.register_forward_hook(keep(values, i))
+    with torch.no_grad():
+        for begin, end in zip(cuts, cuts[1:]):
+            oracle(torch.tensor(ids[None, begin:end]))
+    routed, config = load_file(tmp_path / "routed" / "model.safetensors"), oracle.config
+    heads, dim = config.num_attention_heads, config.hidden_size
+    for i, layer in enumerate(oracle.model.layers):
+        # Rows behind the first four of their document, or of what a sequence has of it.
+        o = torch.cat([x[0, 4:] for x in answers[i]]).double()
+        v = torch.cat([x[0, 4:] for x in values[i]]).double().unflatten(1, (config.num_key_value_heads, -1))
+        v = v.repeat_interleave(heads // config.num_key_value_heads, 1)
+        w = layer.self_attn.o_proj.weight.detach().double().view(dim, heads, -1)
+        f = torch.einsum("nhk,dhk->ndh", v, w)
+        center = (lambda x: x - x.mean(0)) if bypass == "constant" else (lambda x: x)
+        a = np.linalg.lstsq(center(f).reshape(-1, heads).numpy(), center(o).reshape(-1).numpy(), rcond=None)[0]
+        prefix = f"model.layers.{i}.router.bypass_"
+        np.testing.assert_allclose(routed[prefix + "scale"], a, atol=1e-3 * np.abs(a).max())
+        if bypass == "constant":
+            c = (o - f @ torch.tensor(a)).mean(0).numpy()
+            np.testing.assert_allclose(routed[prefix + "constant"], c, atol=1e-3 * np.abs(c).max())
 
 
 def test_experts_are_copies_of_the_mlp(world, dense, tmp_path):

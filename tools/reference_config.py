@@ -13,7 +13,8 @@ SITES = ("layer", "mixer", "ffn")
 
 GATE = {"scorer": "mlp", "hidden": 0, "estimator": "prob_gate", "bypass": "identity", "kv": "executed",
         "key_gradient": False, "reserved": 0, "budget": "none", "aux_loss_coeff": 0.0, "budget_target": 0.5,
-        "fallback_share": 0.0, "temperature": 1.0, "dual_rate": 0.0, "window": 128, "sink": 4, "soft_keys": False}
+        "fallback_share": 0.0, "temperature": 1.0, "dual_rate": 0.0, "window": 128, "sink": 4, "soft_keys": False,
+        "value_scale": False}
 CONTROL = {"decider": "learned", "share": 0.5, "decider_seed": 1}
 DEFAULTS = {
     "dtrnet": GATE | CONTROL | {"bypass": "value", "budget": "mean_prob", "fallback_share": 0.15},
@@ -121,6 +122,8 @@ class Config(reference_dtrnet.Config):
                     shapes |= self._router_shapes(method, router)
                     if site == "mixer" and method["bypass"] == "constant":
                         shapes |= {router + "bypass_constant": (d,)}
+                    if site == "mixer" and method.options.get("value_scale"):
+                        shapes |= {router + "bypass_scale": (self.num_heads,)}
         if method := self.method("recursion"):
             shapes |= self._recursion_shapes(method)
         return shapes

@@ -239,11 +239,12 @@ class Model:
         cfg, prefix = self.config, held + "self_attn."
         h = self._norm(x, held + "input_layernorm.weight")
         v = (h @ self.params[prefix + "v_proj.weight"].T).view(len(x), cfg.num_kv_heads, cfg.head_dim)
-        value = v.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, 1).flatten(1) @ self.params[
-            prefix + "o_proj.weight"].T
-        if method["bypass"] == "constant":
-            value = value + self.params[f"model.layers.{i}.{ROUTERS[method.name]['mixer']}bypass_constant"]
-        return value
+        v = v.repeat_interleave(cfg.num_heads // cfg.num_kv_heads, 1)
+        own = f"model.layers.{i}.{ROUTERS[method.name]['mixer']}bypass_"
+        if method.options.get("value_scale"):
+            v = v * self.params[own + "scale"][:, None]
+        value = v.flatten(1) @ self.params[prefix + "o_proj.weight"].T
+        return value + self.params[own + "constant"] if method["bypass"] == "constant" else value
 
     def _experts(self, i: int, h: Tensor, weights: Tensor) -> Tensor:
         prefix = f"model.layers.{i}."

@@ -13,6 +13,7 @@
 #include "report/table.h"
 #include "routing/registry.h"
 #include "train/config.h"
+#include "train/fit_bypass.h"
 
 namespace detour::cli {
 
@@ -25,6 +26,13 @@ struct Options {
   int64_t eval_tokens = 32768, seq_len = 1024;
   RuntimeOptions runtime;
 };
+
+/// Whether the user set `setting`, for all methods or for this one.
+bool Asks(const std::vector<std::string>& given, const std::string& method,
+          const std::string& setting) {
+  return std::find(given.begin(), given.end(), setting) != given.end() ||
+         std::find(given.begin(), given.end(), method + "." + setting) != given.end();
+}
 
 /// What suits routers that are new in a model that is trained: a hard weight of 1, so that the
 /// output projection stays as it is, and a scorer that does not mind how large the residual stream
@@ -40,6 +48,10 @@ std::vector<std::string> WithDefaults(const std::string& methods,
     for (const routing::Option& o : routing::FindMethod(method).options()) {
       if (o.key == "estimator" && o.fallback == "prob_gate") {
         settings.push_back(method + ".estimator=ste");
+      }
+      // A value in place of attention is nothing that a trained model knows; a part of it is.
+      if (o.key == "value_scale" && Asks(given, method, "bypass=constant")) {
+        settings.push_back(method + ".value_scale=true");
       }
       if (o.key == "scorer" && o.fallback == "mlp") {
         settings.push_back(method + ".scorer=norm_mlp");
@@ -73,6 +85,15 @@ void PrintStart(const Options& options, const model::Model& routed) {
       report::FormatPercent(start.share_routed));
 }
 
+void PrintFit(const std::vector<train::FittedBypass>& fitted) {
+  std::string shares;
+  for (const train::FittedBypass& f : fitted) {
+    shares += fmt::format("  {}: {}", f.layer, report::FormatPercent(f.explained));
+  }
+  fmt::print("bypass fitted to what attention adds; part of its square explained, by layer:{}\n",
+             shares);
+}
+
 void Route(Options options) {
   ApplyRuntimeOptions(options.runtime);
   train::TrainConfig& c = options.train;
@@ -90,6 +111,11 @@ void Route(Options options) {
   c.routing = WithDefaults(c.method, c.routing);
   model::Model model = train::InitialModel(c);
   const int unopened = CountUnopened(model, options.margin);
+  std::vector<train::FittedBypass> fitted;
+  if (!options.data.empty()) {
+    fitted = train::FitBypass(model, data::TokenShards::Open(options.data, data::Split::kTrain),
+                              options.seq_len, options.eval_tokens);
+  }
   {
     io::AtomicDir dir(options.out);
     SaveModel(model, dir.path());
@@ -110,6 +136,7 @@ void Route(Options options) {
         "away from the dense one\n",
         unopened);
   }
+  if (!fitted.empty()) PrintFit(fitted);
   if (!options.data.empty()) PrintStart(options, model);
   fmt::print(
       "next: detour train --init-from {0} --teacher {1} --train router --target-share SHARE "
@@ -141,8 +168,10 @@ void AddRouteCommand(CLI::App& app) {
   sub->add_option("--seed", c.seed, "Of the new weights")
       ->check(SeedRange())
       ->capture_default_str();
-  sub->add_option("--data", options->data,
-                  "Shards made by detour prepare: compares the perplexity with the dense model's");
+  sub->add_option(
+      "--data", options->data,
+      "Shards made by detour prepare: fits what a constant bypass says, and compares the "
+      "perplexity with the dense model's");
   sub->add_option("--seq-len", options->seq_len, "Tokens per sequence of that")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -52,6 +52,10 @@ std::vector<Variant> Variants() {
       v("dtrnet_constant", {{"method", "dtrnet"}, {"bypass", "constant"}}),
       v("dtrnet_constant_ste", {{"method", "dtrnet"}, {"bypass", "constant"}, {"estimator", "ste"}},
         false),
+      v("dtrnet_scaled", {{"method", "dtrnet"},
+                          {"bypass", "constant"},
+                          {"value_scale", true},
+                          {"estimator", "soft"}}),
       v("dtrnet_ste", {{"method", "dtrnet"}, {"estimator", "ste"}, {"key_gradient", true}}, false),
       v("dtrnet_gumbel", {{"method", "dtrnet"}, {"estimator", "gumbel_ste"}}, false),
       v("dtrnet_soft", {{"method", "dtrnet"}, {"estimator", "soft"}}),
@@ -158,7 +162,8 @@ model::Model ModelOf(const Variant& variant, int64_t head_dim = 32) {
       if (!router) continue;
       router->SetFrequencies(counts);
       router->ForEachTensor([](const std::string& name, at::Tensor& t) {
-        if (name.ends_with("bypass_constant")) t.copy_(at::linspace(-0.3, 0.4, t.numel()));
+        if (name.find("router.bypass_") != std::string::npos)
+          t.copy_(at::linspace(-0.3, 0.4, t.numel()));
       });
     }
   }

@@ -23,11 +23,15 @@ at::Tensor LeftOut(const at::Tensor& x_ND, const Plan& plan) {
   return ops::GatherRows(x_ND, plan.bypass_rows);
 }
 
-/// W_O of the value of rows x: the value bypass.
-at::Tensor ValueWay(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND) {
+/// What the plan's value bypass adds to rows x.
+at::Tensor ValueWay(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
+                    const Plan& plan) {
   const ModelConfig& c = model.config;
   const at::Tensor h = ops::RmsNorm(x_ND, layer.input_norm, c.rms_norm_eps);
-  return ops::Linear(ops::RepeatKv(ops::Linear(h, layer.v), c.num_kv_heads, c.num_heads), layer.o);
+  at::Tensor v = ops::RepeatKv(ops::Linear(h, layer.v), c.num_kv_heads, c.num_heads);
+  if (plan.bypass_H.defined()) v = ops::ScaleHeads(v, plan.bypass_H);
+  const at::Tensor bypass = ops::Linear(v, layer.o);
+  return plan.bypass_D.defined() ? bypass + plan.bypass_D : bypass;
 }
 
 /// W_O of the attention of rows left out, among the plan's rows before them (write_all: all rows
@@ -63,9 +67,7 @@ at::Tensor MixerDifference(const Model& model, const LayerWeights& layer, const 
     difference = JoinRows(difference, plan, AttendLeftOut(model, layer, x_ND, stream, plan));
   }
   if (plan.bypass == Bypass::kIdentity) return difference;
-  at::Tensor bypass = ValueWay(model, layer, x_ND);
-  if (plan.bypass_D.defined()) bypass = bypass + plan.bypass_D;
-  return difference - bypass;
+  return difference - ValueWay(model, layer, x_ND, plan);
 }
 
 at::Tensor FfnDifference(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
@@ -100,7 +102,7 @@ at::Tensor AddSoftly(const at::Tensor& x_ND, const Plan& plan,
                      const std::function<at::Tensor(const Plan&)>& attention) {
   const at::Tensor y = ops::AddScaled(x_ND, attention(Plan{}), plan.gate_N);
   if (plan.bypass == Bypass::kIdentity) return y;
-  Plan nobody{.bypass = plan.bypass, .window = plan.window};
+  Plan nobody{.bypass = plan.bypass, .bypass_H = plan.bypass_H, .window = plan.window};
   SetRows(std::vector<uint8_t>(x_ND.size(0), 0), &nobody);
   at::Tensor bypass = attention(nobody);
   if (plan.bypass_D.defined()) bypass = bypass + plan.bypass_D;

@@ -47,7 +47,17 @@ at::Tensor Attention(const Model& model, const LayerWeights& layer, const at::Te
     const at::Tensor counted = ops::CountKeys(y_RW, q, *gated, c.num_kv_heads, c.head_dim);
     y = join ? ops::ReplaceRows(y, plan.rows_R, counted) : counted;
   }
+  if (plan.bypass_H.defined() && args.bypass_rows.defined()) {
+    const at::Tensor values = ops::GatherRows(y, plan.bypass_rows);
+    y = ops::ReplaceRows(y, plan.bypass_rows, ops::ScaleHeads(values, plan.bypass_H));
+  }
   return ops::Linear(y, layer.o);
+}
+
+/// f with the bypass's constant added to the rows that take it.
+at::Tensor AddConstant(const at::Tensor& f_ND, const Plan& plan) {
+  const at::Tensor rows = ops::GatherRows(f_ND, plan.bypass_rows) + plan.bypass_D;
+  return ops::ReplaceRows(f_ND, plan.bypass_rows, rows);
 }
 
 /// Queries, keys and values of every row.
@@ -91,12 +101,6 @@ at::Tensor SoftKeyAttention(const Model& model, const LayerWeights& layer, const
   const at::Tensor y = ops::Mix(q, k, v, {.shape = shape});
   return ops::Linear(y.view({num_rows, -1, dim + 1}).slice(2, 0, dim).reshape({num_rows, -1}),
                      layer.o);
-}
-
-/// f with the bypass's constant added to the rows that take it.
-at::Tensor AddConstant(const at::Tensor& f_ND, const Plan& plan) {
-  const at::Tensor rows = ops::GatherRows(f_ND, plan.bypass_rows) + plan.bypass_D;
-  return ops::ReplaceRows(f_ND, plan.bypass_rows, rows);
 }
 
 }  // namespace

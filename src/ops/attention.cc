@@ -171,4 +171,9 @@ at::Tensor RepeatKv(const at::Tensor& v, int64_t num_kv_heads, int64_t num_heads
       .reshape({v.size(0), -1});
 }
 
+at::Tensor ScaleHeads(const at::Tensor& heads, const at::Tensor& weight_H) {
+  return (heads.view({heads.size(0), weight_H.size(0), -1}) * weight_H.unsqueeze(1))
+      .view({heads.size(0), -1});
+}
+
 }  // namespace detour::ops

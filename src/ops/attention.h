@@ -125,4 +125,7 @@ at::Tensor CountKeys(const at::Tensor& out, const at::Tensor& q, const GatedKeys
 /// Each kv head's value repeated for its query heads, [N, G·K] -> [N, H·K].
 at::Tensor RepeatKv(const at::Tensor& v, int64_t num_kv_heads, int64_t num_heads);
 
+/// Each head's K numbers times its weight, [N, H·K].
+at::Tensor ScaleHeads(const at::Tensor& heads, const at::Tensor& weight_H);
+
 }  // namespace detour::ops

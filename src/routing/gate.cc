@@ -20,6 +20,8 @@ std::vector<Option> GateOptions() {
       NumberOption("temperature", 1.0, 1e-3, 1e3, "of the Gumbel noise"),
       ChoiceOption("bypass", "identity", {"identity", "value", "constant", "window"},
                    "what a row does that does not attend"),
+      FlagOption("value_scale", false,
+                 "the value and constant bypass weigh each head's value by a learned number"),
       IntOption("window", 128, 1, 1 << 30, "tokens that the window bypass sees, itself included"),
       IntOption("sink", 4, 1, 1 << 30, "first tokens of a document that it sees too"),
       ChoiceOption("kv", "executed", {"executed", "all"}, "rows that write keys and values"),
@@ -44,6 +46,11 @@ void CheckGate(const RoutingConfig& config, std::vector<std::string>* faults) {
     faults->push_back(
         "bypass and kv \"all\" do not go together: with every key written "
         "the bypass is \"identity\"");
+  }
+  if (config.Flag("value_scale") && config.Text("bypass") != "value" &&
+      config.Text("bypass") != "constant") {
+    faults->push_back("value_scale: expected bypass \"value\" or \"constant\" with it, got \"" +
+                      config.Text("bypass") + "\"");
   }
   if (config.Text("bypass") == "window" && config.Flag("key_gradient")) {
     faults->push_back("key_gradient: with bypass \"window\" every key is written for a while");
@@ -200,11 +207,12 @@ class Gate : public Router {
         key_gradient_(config.Flag("key_gradient")),
         soft_keys_(config.Flag("soft_keys")),
         reserved_(config.Int("reserved")),
+        prefix_(prefix),
         control_(MakeControl(config, shape, prefix)) {
     if (config.Text("bypass") == "constant" && site == Site::kMixer) {
       constant_D_ = at::zeros({shape.dim});
-      constant_name_ = prefix + "bypass_constant";
     }
+    if (config.Flag("value_scale") && site == Site::kMixer) scale_H_ = at::ones({shape.num_heads});
     const int64_t hidden = config.Int("hidden");
     if (!control_) {
       scorer_ = MakeScorer(config.Text("scorer"), shape,
@@ -218,6 +226,7 @@ class Gate : public Router {
     plan.window = window_;
     plan.write_all = write_all_;
     plan.bypass_D = constant_D_;
+    plan.bypass_H = scale_H_;
     if (control_) {
       SetRows(Reserve(taps.stream, args.replay ? RoutedFlags(*args.replay)
                                                : control_->Rows(taps.stream, args.layer)),
@@ -246,7 +255,8 @@ class Gate : public Router {
   }
 
   void ForEachTensor(const TensorVisitor& visit) override {
-    if (constant_D_.defined()) visit(constant_name_, constant_D_);
+    if (constant_D_.defined()) visit(prefix_ + "bypass_constant", constant_D_);
+    if (scale_H_.defined()) visit(prefix_ + "bypass_scale", scale_H_);
     if (scorer_) scorer_->ForEachTensor(visit);
     if (control_) control_->ForEachTensor(visit);
   }
@@ -319,7 +329,8 @@ class Gate : public Router {
   bool write_all_, key_gradient_, soft_keys_;
   int64_t reserved_;
   at::Tensor constant_D_;  // undefined unless bypass is "constant"
-  std::string constant_name_;
+  at::Tensor scale_H_;     // undefined unless value_scale
+  std::string prefix_;
   std::unique_ptr<Control> control_;
   std::unique_ptr<GateScorer> scorer_;  // null with a control
 };

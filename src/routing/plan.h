@@ -65,6 +65,7 @@ struct Plan {
   at::Tensor bypass_rows;  ///< i32: the others
   Bypass bypass = Bypass::kIdentity;
   at::Tensor bypass_D;  ///< f32 with gradient, what the value bypass adds beside; undefined: none
+  at::Tensor bypass_H;  ///< f32 with gradient, its weight of each head's value; undefined: 1
   ops::WindowRule window;  ///< of the window bypass: routed rows see it beside the routed ones
   ops::BlockRule blocks;   ///< which keys the rows see; all rows attend then
   bool write_all = false;  ///< bypassed rows write K and V all the same

@@ -261,6 +261,9 @@ class GatedMixer(Mixer):
             raise ValueError(f"bypass: expected value, constant, identity or window, got {self.bypass}")
         if self.bypass == "constant":
             tensors.bypass_constant = nn.Parameter(torch.zeros(config.hidden_size))
+        self.scales = method["value_scale"]
+        if self.scales:
+            tensors.bypass_scale = nn.Parameter(torch.ones(config.num_attention_heads))
 
     def mix(self, attention, x, h, rows, entries):
         routed, weight = self.gate.decide(x, rows)
@@ -270,7 +273,11 @@ class GatedMixer(Mixer):
         heads = h.new_zeros(len(h), attention.o_proj.in_features)
         heads[asks] = attention(h, rows, entries, asks, writes, routed, self)
         if self.bypass in ("value", "constant"):
-            heads[~routed] = attention.own_values(h[~routed])
+            values = attention.own_values(h[~routed])
+            if self.scales:
+                values = (values.unflatten(1, (len(self.tensors.bypass_scale), -1))
+                          * self.tensors.bypass_scale[:, None]).flatten(1)
+            heads[~routed] = values
         y = attention.o_proj(heads)
         if self.bypass == "constant":
             y = y + ~routed[:, None] * self.tensors.bypass_constant
