@@ -1,5 +1,7 @@
 #include "infer/generate.h"
 
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <memory>
@@ -16,6 +18,7 @@
 #include "infer/speculate.h"
 #include "report/memory.h"
 #include "report/table.h"
+#include "report/terminal.h"
 
 namespace detour::cli {
 
@@ -150,12 +153,14 @@ void Generate(Options& options) {
   std::vector<infer::AnswerText> answers(prompts.size(), infer::AnswerText(&options.stop));
   std::vector<std::string> texts(prompts.size());
   const bool stream = prompts.size() == 1 && !options.json;
+  const bool screen = isatty(STDOUT_FILENO) != 0;
   const auto emit = [&](size_t request, const std::string& text) {
     if (!stream) {
       texts[request] += text;
       return;
     }
-    std::fwrite(text.data(), 1, text.size(), stdout);
+    const std::string shown = screen ? report::Harmless(text) : text;
+    std::fwrite(shown.data(), 1, shown.size(), stdout);
     std::fflush(stdout);
   };
   // The prompt is printed with the first token: all checks are behind us then.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <sstream>
 
 #include "cli/commands.h"
@@ -33,9 +34,9 @@ struct Options {
   RuntimeOptions runtime;
 };
 
-/// One run and what was measured of it.
+/// One run, or a model alone, and what was measured of it.
 struct Entry {
-  std::string name, dir;
+  std::string name, dir, model_dir;
   model::Model model;
   Json summary;
   report::Series train_loss, val_loss, share;
@@ -73,10 +74,20 @@ Entry LoadEntry(const std::string& run) {
   entry.name = equals == std::string::npos ? std::filesystem::path(run).filename().string()
                                            : run.substr(0, equals);
   entry.dir = equals == std::string::npos ? run : run.substr(equals + 1);
-  entry.model = model::LoadModel(entry.dir + "/latest");
-  entry.summary = ReadJson(entry.dir + "/summary.json");
-  ReadMetrics(&entry);
+  const bool trained_here = std::filesystem::exists(entry.dir + "/latest");
+  entry.model_dir = trained_here ? entry.dir + "/latest" : entry.dir;
+  entry.model = model::LoadModel(entry.model_dir);
+  if (trained_here) {
+    entry.summary = ReadJson(entry.dir + "/summary.json");
+    ReadMetrics(&entry);
+  }
   return entry;
+}
+
+/// A figure of the training run; none for a model alone.
+std::optional<double> TrainingFigure(const Entry& entry, const char* key) {
+  if (entry.summary.is_null()) return std::nullopt;
+  return GetDouble(entry.summary, key, entry.dir);
 }
 
 void Evaluate(const Options& options, const data::TokenShards& val, Entry* entry) {
@@ -122,10 +133,12 @@ std::vector<report::ComparisonTable::Row> Rows(const std::vector<Entry>& entries
   row("Forward FLOPs per token", "counted as executed, causal, router and head in",
       [](const Entry& e) { return report::FormatCount(e.eval.flops_per_token); });
   row("Training speed", "tokens per second", [](const Entry& e) {
-    return report::FormatCount(GetDouble(e.summary, "tokens_per_s", e.dir));
+    const auto speed = TrainingFigure(e, "tokens_per_s");
+    return speed ? report::FormatCount(*speed) : "–";
   });
   row("Training memory", "peak resident", [](const Entry& e) {
-    return report::FormatBytes(GetDouble(e.summary, "peak_rss_bytes", e.dir));
+    const auto bytes = TrainingFigure(e, "peak_rss_bytes");
+    return bytes ? report::FormatBytes(*bytes) : "–";
   });
   row("Inference memory",
       fmt::format("peak resident, {} tokens in one sequence",
@@ -259,8 +272,8 @@ void MeasureInference(const data::Tokenizer& tokenizer, const std::vector<int32_
       tokenizer.Decode(std::span(text).first(std::min<size_t>(length, text.size())));
   std::replace(prompt.begin(), prompt.end(), '\n', ' ');
   const auto answer =
-      report::OutputOf({"/proc/self/exe", "generate", "--model", entry->dir + "/latest",
-                        "--prompts", "-", "--max-tokens", "1", "--ignore-eos", "--json"},
+      report::OutputOf({"/proc/self/exe", "generate", "--model", entry->model_dir, "--prompts", "-",
+                        "--max-tokens", "1", "--ignore-eos", "--json"},
                        prompt + "\n");
   if (!answer) return;
   const Json json = ParseJson(*answer, "detour generate");
@@ -270,6 +283,10 @@ void MeasureInference(const data::Tokenizer& tokenizer, const std::vector<int32_
 
 Json ToJson(const std::vector<Entry>& entries) {
   Json runs = Json::array();
+  const auto figure = [](const Entry& e, const char* key) {
+    const auto value = TrainingFigure(e, key);
+    return value ? Json(*value) : Json();
+  };
   for (const Entry& e : entries) {
     Json lengths = Json::array();
     for (const infer::LengthFigures& f : e.lengths) {
@@ -287,8 +304,8 @@ Json ToJson(const std::vector<Entry>& entries) {
                     {"bits_per_byte", e.eval.bits_per_byte},
                     {"share_routed", e.eval.share_routed},
                     {"flops_per_token", e.eval.flops_per_token},
-                    {"train_tokens_per_s", GetDouble(e.summary, "tokens_per_s", e.dir)},
-                    {"train_peak_rss_bytes", GetDouble(e.summary, "peak_rss_bytes", e.dir)},
+                    {"train_tokens_per_s", figure(e, "tokens_per_s")},
+                    {"train_peak_rss_bytes", figure(e, "peak_rss_bytes")},
                     {"inference_length", e.inference_length},
                     {"inference_peak_rss_bytes", e.inference_peak_bytes},
                     {"lengths", lengths}});
@@ -301,7 +318,7 @@ void Report(const Options& options) {
   std::vector<Entry> entries;
   for (const std::string& run : options.runs) entries.push_back(LoadEntry(run));
   const data::TokenShards val = data::TokenShards::Open(options.data, data::Split::kVal);
-  const auto tokenizer = data::Tokenizer::Load(entries[0].dir + "/latest");
+  const auto tokenizer = data::Tokenizer::Load(entries[0].model_dir);
   std::vector<const model::Model*> models;
   for (Entry& entry : entries) {
     Evaluate(options, val, &entry);
@@ -362,7 +379,7 @@ void Report(const Options& options) {
 void AddReportCommand(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = app.add_subcommand("report", "Trained models side by side: a table and a page");
-  sub->add_option("--run", options->runs, "NAME=DIR of a training run; several times")
+  sub->add_option("--run", options->runs, "NAME=DIR of a training run or a model; several times")
       ->required()
       ->allow_extra_args(false);
   sub->add_option("--data", options->data, "The shards they were trained on")->required();

@@ -76,7 +76,7 @@ int32_t WeightsLayer(const ModelConfig& config, int32_t layer) {
 }
 
 routing::Shape RouterShape(const ModelConfig& c) {
-  return {c.hidden_size, c.vocab_size, c.num_layers, c.num_heads, c.rms_norm_eps};
+  return {c.hidden_size, c.vocab_size, c.num_layers, c.rms_norm_eps, c.num_heads};
 }
 
 void CheckRouting(const ModelConfig& config, const std::string& name) {

@@ -32,6 +32,9 @@ TEST(Config, RoundTrip) {
   json["head_dim"] = 32;
   json["eos_token_id"] = {2, 3};
   json["dtype"] = "bfloat16";
+  json["is_llama_config"] = true;  // as published SmolLM2 has it
+  json["rope_interleaved"] = false;
+  json["id2label"] = {{"0", "LABEL_0"}};
   json["routing"] = {
       {"method", "dtrnet"}, {"layers", {0, 3}}, {"aux_loss_coeff", 2e-4}, {"fallback_share", 0.2}};
   const ModelConfig a = Parse(json);
@@ -45,6 +48,7 @@ TEST(Config, RoundTrip) {
   const Json written = ConfigToJson(a);
   EXPECT_EQ(written.at("eos_token_id"), json.at("eos_token_id"));
   EXPECT_EQ(written.at("dtype"), "bfloat16");
+  EXPECT_EQ(written.at("id2label"), json.at("id2label"));
   EXPECT_EQ(ConfigToJson(Parse(written)), written);
   // Through text: no digit is lost.
   EXPECT_EQ(ConfigToJson(Parse(ParseJson(written.dump(), "written"))), written);
@@ -105,6 +109,7 @@ TEST(Config, ErrorsNameTheKey) {
       {"hidden_sizes", 64},
       {"vocab_size", 0},
       {"vocab_size", "100"},
+      {"rope_interleaved", true},
       {"vocab_size", 1.5},
       {"hidden_size", -1},
       {"hidden_size", 66},

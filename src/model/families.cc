@@ -42,7 +42,15 @@ constexpr std::string_view kKept[] = {"bos_token_id",
                                       "chunk_size_feed_forward",
                                       "problem_type",
                                       "_attn_implementation",
-                                      "output_router_logits"};
+                                      "output_router_logits",
+                                      "id2label",
+                                      "label2id",
+                                      "num_labels",
+                                      "unk_token_id",
+                                      "_model_name_or_path",
+                                      "is_llama_config",
+                                      "rope_interleaved",
+                                      "transformers.js_config"};
 // Keys of single families: read below, and written back as they were.
 constexpr std::string_view kLlamaKeys[] = {"attention_bias", "mlp_bias"};
 // A directory exported with its Python files (src/convert/hf_export.h): a Llama with routers. What
@@ -367,18 +375,21 @@ ModelConfig DenseTwin(const ModelConfig& config) {
 ModelConfig ParseConfig(const Json& json, const std::string& name) {
   ModelConfig c;
   c.model_type = GetStringOr(json, "model_type", name, "llama");
-  std::vector<std::string_view> known(std::begin(kRead), std::end(kRead));
-  if (c.model_type == kDetourType) {
-    c.model_type = "llama";
-    known.push_back("auto_map");
-  }
+  const bool exported = c.model_type == kDetourType;
+  if (exported) c.model_type = "llama";
   const Family& family = FindFamily(c.model_type, name);
-  known.insert(known.end(), std::begin(kKept), std::end(kKept));
-  known.insert(known.end(), family.keys.begin(), family.keys.end());
+  std::vector<std::string_view> known;
+  for (const Keys keys : {Keys(kRead), Keys(kKept), family.keys}) {
+    known.insert(known.end(), keys.begin(), keys.end());
+  }
+  if (exported) known.push_back("auto_map");
   CheckKnownKeys(json, known, name);
   const std::string act = GetStringOr(json, "hidden_act", name, "silu");
   if (act != "silu") {
     Fail("config", "{}: hidden_act: expected \"silu\", got \"{}\"", name, Printable(act));
+  }
+  if (GetBoolOr(json, "rope_interleaved", name, false)) {
+    Fail("config", "{}: rope_interleaved: expected false, got true", name);
   }
   c.vocab_size = GetInt(json, "vocab_size", name, 1, 1 << 24);
   c.hidden_size = GetInt(json, "hidden_size", name, 1, 1 << 17);

@@ -187,10 +187,11 @@ at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::S
   DETOUR_CHECK(ids_N.size(0) == stream.num_rows());
   auto with_ids = std::make_shared<routing::Stream>(stream);
   with_ids->ids_N = ids_N;
-  at::Tensor x_ND = ops::Embed(model.embed, ids_N);
+  at::Tensor x_ND = options.input_ND.defined() ? options.input_ND : ops::Embed(model.embed, ids_N);
   std::vector<LayerPlans> ignored;
   std::vector<LayerPlans>& plans = options.plans ? *options.plans : ignored;
-  plans.assign(model.layers.size(), {});
+  plans.resize(options.first_layer);
+  plans.resize(model.layers.size());
   ForwardOptions own = options;
   own.plans = &plans;
   const PlansPtr recorded =
@@ -199,7 +200,7 @@ at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::S
   const bool exits = options.exit.kind != ExitRule::Kind::kNone;
   ExitState exit(stream.num_rows());
   std::vector<OpenSpan> spans;
-  for (int32_t l = 0; l < num_layers; ++l) {
+  for (int32_t l = options.first_layer; l < num_layers; ++l) {
     // Autograd records no function of inputs without gradient: below the first layer that learns
     // there is nothing to recompute, and that layer itself keeps what it needs.
     const bool recompute = options.checkpoint && x_ND.requires_grad();

@@ -101,8 +101,8 @@ std::vector<std::unique_ptr<Router>> OneRouter(std::unique_ptr<Router> router);
 struct Shape {
   int64_t dim = 0, vocab_size = 0;
   int32_t num_layers = 0;
-  int64_t num_heads = 0;
   double rms_norm_eps = 1e-5;
+  int64_t num_heads = 0;
 };
 
 /// Rows for a layer that routed none of the whole training batch: each with probability `share`, by

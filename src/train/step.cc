@@ -214,17 +214,48 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
   return result;
 }
 
+namespace {
+
+/// A batch on its way up the layers: the state before `layer`, and the plans below.
+struct Settling {
+  const Batch* batch;
+  std::vector<LayerPlans> plans;
+  at::Tensor x_ND;  // undefined at the bottom
+  int32_t layer = 0;
+
+  /// Runs up to and with layer `top`, and stays below it unless that is inside a span.
+  void Climb(const model::Model& model, int32_t top) {
+    std::vector<at::Tensor> states;
+    Forward(model, batch->ids_N, batch->stream,
+            {.plans = &plans,
+             .num_layers = top + 1,
+             .states = &states,
+             .first_layer = layer,
+             .input_ND = x_ND});
+    bool inside = top == layer;
+    for (int32_t l = layer; l < top; ++l) {
+      for (const routing::DeepSpan& s : plans[l].layer.deep) inside |= l + s.num_layers > top;
+    }
+    if (inside) return;
+    x_ND = states[top - 1 - layer];
+    layer = top;
+  }
+};
+
+}  // namespace
+
 void SettleShares(model::Model& model, const std::vector<Batch>& batches, double target_share) {
   const at::NoGradGuard no_grad;
+  std::vector<Settling> climbing;
+  for (const Batch& batch : batches) climbing.push_back({.batch = &batch});
   // In order: a router's bias changes what the later ones see.
   for (const model::RouterId& id : model::Routers(model.config)) {
     routing::Router& router = *model.layers[id.layer].router(id.site);
     if (router.num_experts() > 0 || !router.ShiftBias(0)) continue;
     std::vector<float> differences;
-    for (const Batch& batch : batches) {
-      std::vector<LayerPlans> plans;
-      Forward(model, batch.ids_N, batch.stream, {.plans = &plans, .num_layers = id.layer + 1});
-      AppendDifferences(*PlanOf(plans[id.layer], id.site).plan, &differences);
+    for (Settling& s : climbing) {
+      s.Climb(model, id.layer);
+      AppendDifferences(*PlanOf(s.plans[id.layer], id.site).plan, &differences);
     }
     router.ShiftBias(routing::QuantileShift(differences, target_share * router.ServingShare(1)));
   }

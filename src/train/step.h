@@ -58,7 +58,7 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer,
 /// Sets every gate's bias so that exactly `target_share` of the rows of `batches` that reach it
 /// take its span, one gate after the other and by the rule that serves (Mode::kInfer): the
 /// controller's last move of a run, on more text than a step has and with weights that no longer
-/// change. A forward pass up to its layer per gate and batch.
+/// change. Costs two forward passes, and keeps a state of every row.
 void SettleShares(model::Model& model, const std::vector<eval::Batch>& batches,
                   double target_share);
 

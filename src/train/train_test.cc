@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/error.h"
+#include "core/op_counter.h"
 #include "train/config.h"
 #include "train/schedule.h"
 #include "train/step.h"
@@ -88,8 +89,11 @@ TEST(SettleShares, EveryLayerHitsTheTargetToTheRow) {
     batch.stream = routing::Stream::FromSegments({{0, 0, 200, 0}});
     batches.push_back(batch);
   }
+  SettleShares(m, batches, 0.5);
   for (const double target : {0.05, 0.5, 0.95, 1.0}) {
+    const int64_t before = GlobalOpCounter().Total();
     SettleShares(m, batches, target);
+    const int64_t settling = GlobalOpCounter().Total() - before;
     std::vector<int64_t> routed(config.num_layers);
     for (const eval::Batch& batch : batches) {
       const at::NoGradGuard no_grad;
@@ -98,6 +102,9 @@ TEST(SettleShares, EveryLayerHitsTheTargetToTheRow) {
       for (int l = 0; l < config.num_layers; ++l) routed[l] += plans[l].mixer.NumRouted();
     }
     for (const int64_t rows : routed) EXPECT_EQ(rows, std::llround(target * 600)) << target;
+    // Each layer twice, once with the share before; not once for every gate above it.
+    const int64_t forward = GlobalOpCounter().Total() - before - settling;
+    EXPECT_LE(settling, target == 1.0 ? 2.1 * forward : 3 * forward) << target;
   }
 }
 
