@@ -1,4 +1,4 @@
-"""Text that asks a model to look back: for teaching routers which tokens matter (docs/from-dense.md).
+"""Text that asks a model to look back: for teaching routers which tokens matter (docs/routing.md, "From dense to routed").
 
     bench/recall_text.py --text FOLDER --out FOLDER [--documents 1500] [--words 1250] [--seed 1]
 

@@ -139,7 +139,7 @@ def parse():
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--full", action="append", default=[], metavar="LAYERS")
-    parser.add_argument("--window", type=int, default=896)
+    parser.add_argument("--window", type=int, default=768)
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 8192])
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--eval-tokens", type=int, default=16384)

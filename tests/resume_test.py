@@ -28,6 +28,7 @@ RUNS = {
     "recursion_token": ["--method", "recursion", "--layout", "1,2", "--routing", "recursions=2", "--routing",
                         "choice=token", "--activation-checkpointing"],
     "dtrnet_router": ["--target-share", 0.3, "--train", "router"],
+    "dtrnet_integral": ["--target-share", 0.3, "--controller-integral", 0.25, "--routing", "estimator=ste"],
     "dllm_lora": ["--method", "dllm", "--routing", "hidden=16", "--train", "router+lora", "--lora-rank", 4,
                   "--lr", 0.01],
     "dllm_lora_recompute": ["--method", "dllm", "--routing", "hidden=16", "--train", "router+lora", "--lora-rank", 4,

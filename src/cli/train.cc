@@ -86,6 +86,11 @@ void AddModelFlags(CLI::App& sub, train::TrainConfig& c) {
                  "least; more while the learning rate is near its peak")
       ->check(Number(0, 1))
       ->capture_default_str();
+  sub.add_option("--controller-integral", c.controller_integral,
+                 "Part of each move that it repeats in every later step: takes up a drift that "
+                 "training itself adds, as with estimator ste and a teacher; e.g. 0.25")
+      ->check(Number(0, 1))
+      ->capture_default_str();
 }
 
 void AddScheduleFlags(CLI::App& sub, train::TrainConfig& c) {

@@ -38,7 +38,7 @@ std::vector<std::vector<LengthFigures>> MeasureLengths(
              begin);
       }
       prefill_seconds[m] += report::MonotonicSeconds() - start;
-      figures[m].push_back({length, caches[m]->bytes(), prefill_seconds[m], 0});
+      figures[m].push_back({length, 0, prefill_seconds[m], 0});
     }
     done = length;
     std::vector<std::vector<double>> rates(models.size());
@@ -47,6 +47,8 @@ std::vector<std::vector<LengthFigures>> MeasureLengths(
         const double start = report::MonotonicSeconds();
         for (int64_t t = length; t < length + decode_tokens; ++t) {
           Logits(*models[m], Feed(*models[m], *caches[m], 0, tokens.subspan(t, 1), t));
+          // A window's layers have let go of the last chunk of the prompt by then.
+          if (t == length) figures[m].back().kv_bytes = caches[m]->bytes();
         }
         rates[m].push_back(static_cast<double>(decode_tokens) /
                            (report::MonotonicSeconds() - start));

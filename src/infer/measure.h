@@ -11,7 +11,7 @@ namespace detour::infer {
 
 struct LengthFigures {
   int64_t length = 0;
-  int64_t kv_bytes = 0;            ///< pages handed out × page size
+  int64_t kv_bytes = 0;            ///< pages handed out × page size, at the first token decoded
   double prefill_seconds = 0;      ///< from an empty cache to this length
   double decode_tokens_per_s = 0;  ///< one sequence, median over `repeats`
 };

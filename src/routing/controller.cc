@@ -30,4 +30,11 @@ double ControllerShift(std::vector<float>& differences, double target, double ra
   return rate * std::clamp(QuantileShift(differences, target), -1.0, 1.0);
 }
 
+double ControllerMove(std::vector<float>& differences, double target, double rate, double integral,
+                      double* drift) {
+  const double shift = ControllerShift(differences, target, rate);
+  *drift = target >= 1 ? 0 : std::clamp(*drift + integral * shift, -1.0, 1.0);
+  return shift + *drift;
+}
+
 }  // namespace detour::routing

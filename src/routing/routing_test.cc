@@ -123,6 +123,30 @@ TEST(ControllerShift, Ends) {
   EXPECT_DOUBLE_EQ(ControllerShift(few, 0.0, 1.0), -0.5);
 }
 
+TEST(ControllerMove, TakesUpASteadyDrift) {
+  const int64_t n = 4096;
+  const std::vector<float> logits = Differences(n, 0.1, 0.0);
+  const auto share_after = [&](double integral, double rate, int steps) {
+    double bias = 0, drift = 0, share = 0;
+    for (int step = 0; step < steps; ++step) {
+      bias += 0.2;  // what training adds
+      std::vector<float> shifted(n);
+      for (int64_t i = 0; i < n; ++i) shifted[i] = static_cast<float>(logits[i] + bias);
+      share =
+          static_cast<double>(std::ranges::count_if(shifted, [](float d) { return d > 0; })) / n;
+      bias += ControllerMove(shifted, 0.1, rate, integral, &drift);
+    }
+    return share;
+  };
+  EXPECT_GT(share_after(0, 1.0, 60), 0.7);
+  EXPECT_NEAR(share_after(0.25, 1.0, 60), 0.1, 0.01);
+  EXPECT_NEAR(share_after(0.25, 0.1, 400), 0.1, 0.01);
+  double drift = 0.3;
+  std::vector<float> few = {-0.25f, 0.5f};
+  EXPECT_DOUBLE_EQ(ControllerMove(few, 1.0, 1.0, 0.5, &drift), 0.75);
+  EXPECT_EQ(drift, 0);
+}
+
 Stream ThreeSequences() { return Stream::FromSegments({{0, 0, 4, 0}, {1, 4, 5, 7}, {2, 5, 9, 2}}); }
 
 std::vector<int32_t> Values(const at::Tensor& t) {

@@ -59,6 +59,7 @@ std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, Adam
                      {"seed", state.seed},
                      {"seconds", state.seconds},
                      {"duals", state.duals},
+                     {"drifts", state.drifts},
                      {"config", state.config}};
   io::WriteFile(dir.path() + "/trainer_state.json", json.dump(2) + "\n");
   dir.Commit();
@@ -93,6 +94,19 @@ void LoadTrained(const std::string& dir, AdamW& optimizer, Lora* lora) {
   if (lora) lora->Load(dir + kLoraFile);
 }
 
+namespace {
+
+std::vector<double> Numbers(const Json& json, const char* key) {
+  std::vector<double> numbers;
+  if (!json.contains(key) || !json.at(key).is_array()) return numbers;
+  for (const Json& value : json.at(key)) {
+    if (value.is_number()) numbers.push_back(value.get<double>());
+  }
+  return numbers;
+}
+
+}  // namespace
+
 TrainerState LoadTrainerState(const std::string& dir) {
   const std::string path = dir + "/trainer_state.json";
   const Json json = ParseJson(io::ReadFile(path, 1 << 24), path);
@@ -103,12 +117,8 @@ TrainerState LoadTrainerState(const std::string& dir) {
   state.next_sequence = GetInt(json, "next_sequence", path, 0);
   state.seed = static_cast<uint64_t>(GetInt(json, "seed", path, 0));
   state.seconds = GetDouble(json, "seconds", path, 0);
-  if (json.contains("duals")) {
-    const Json& duals = json.at("duals");
-    for (size_t i = 0; duals.is_array() && i < duals.size(); ++i) {
-      if (duals[i].is_number()) state.duals.push_back(duals[i].get<double>());
-    }
-  }
+  state.duals = Numbers(json, "duals");
+  state.drifts = Numbers(json, "drifts");
   if (!json.contains("config") || !json.at("config").is_object()) {
     Fail("train.checkpoint", "{}: config: expected an object", path);
   }

@@ -20,9 +20,10 @@ struct TrainerState {
   int64_t tokens = 0;         ///< tokens seen
   int64_t next_sequence = 0;  ///< data position: global index of the next sequence
   uint64_t seed = 0;
-  double seconds = 0;         ///< training time so far
-  std::vector<double> duals;  ///< dual variable of each method's constraint
-  Json config;                ///< the resolved training config
+  double seconds = 0;          ///< training time so far
+  std::vector<double> duals;   ///< dual variable of each method's constraint
+  std::vector<double> drifts;  ///< of each router: what the ratio controller adds in every step
+  Json config;                 ///< the resolved training config
 };
 
 /// Writes OUT/step-NNNNNNNN (config.json, model.safetensors, tokenizer files of `tokenizer_dir` if

@@ -44,6 +44,7 @@ Json TrainConfigToJson(const TrainConfig& c) {
                {"target_share", c.target_share},
                {"share_ramp", c.share_ramp},
                {"controller_rate", c.controller_rate},
+               {"controller_integral", c.controller_integral},
                {"document_attention", c.document_attention},
                {"activation_checkpointing", c.activation_checkpointing},
                {"seed", c.seed},

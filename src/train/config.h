@@ -43,6 +43,7 @@ struct TrainConfig {
   double target_share = 0;             ///< ratio controller; 0: off
   double share_ramp = 0.3;             ///< of the steps, from "all attend" down to the target
   double controller_rate = 0.1;
+  double controller_integral = 0;  ///< of each move that is repeated in all later steps
 
   bool document_attention = true;
   bool activation_checkpointing = false;

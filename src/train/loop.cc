@@ -137,6 +137,7 @@ void Run::Prepare() {
   for (const routing::RoutingConfig& r : model_.config.routing) {
     state_.duals.push_back(r.NumberOr("aux_loss_coeff", 0));
   }
+  state_.drifts.assign(model::Routers(model_.config).size(), 0);
   // Real models often have more rows than their tokenizer has tokens.
   if (model_.config.vocab_size < train_.vocab_size()) {
     Fail("train.config", "the model has a vocabulary of {}, the data {} were made with one of {}",
@@ -225,6 +226,8 @@ void Run::CheckSameTrained(const std::string& checkpoint) const {
 
 void Run::Resume(const std::string& checkpoint) {
   state_ = LoadTrainerState(checkpoint);
+  state_.duals.resize(model_.config.routing.size());
+  state_.drifts.resize(model::Routers(model_.config).size());
   CheckSameTrained(checkpoint);
   LoadTrained(checkpoint, *optimizer_, lora());
   saved_step_ = state_.step;
@@ -479,6 +482,8 @@ TrainSummary Run::Train() {
                         .budget_weights = WeightsAt(state_.step),
                         .target_share = target,
                         .controller_rate = ControllerRate(config_, state_.step, total_steps_),
+                        .controller_integral = config_.controller_integral,
+                        .drifts = config_.controller_integral > 0 ? &state_.drifts : nullptr,
                         .activation_checkpointing = config_.activation_checkpointing,
                         .seed = config_.seed,
                         .step = state_.step,

@@ -206,8 +206,10 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
   for (size_t r = 0; r < routers.size(); ++r) {
     routing::Router& router = *model.layers[routers[r].layer].router(routers[r].site);
     if (control && !differences[r].empty()) {
-      router.ShiftBias(routing::ControllerShift(
-          differences[r], options.target_share * router.ServingShare(1), options.controller_rate));
+      const double target = options.target_share * router.ServingShare(1);
+      double none = 0, &drift = options.drifts ? options.drifts->at(r) : none;
+      router.ShiftBias(routing::ControllerMove(differences[r], target, options.controller_rate,
+                                               options.controller_integral, &drift));
     }
     router.Balance(result.statistics.routers[r].choices);
   }

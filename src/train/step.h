@@ -19,6 +19,8 @@ struct StepOptions {
   /// Loss weights of the config's methods, in order; those left out: their aux_loss_coeff.
   std::vector<double> budget_weights;
   double target_share = 0, controller_rate = 0.1;  ///< target 0: the controller rests
+  double controller_integral = 0;
+  std::vector<double>* drifts = nullptr;  ///< of each router (routing::ControllerMove); null: 0
   bool activation_checkpointing = false;
   uint64_t seed = 0;
   int64_t step = 0;
