@@ -60,12 +60,12 @@ def first_tokens(folder, num):
     return ids, [int(b) for b in begins if b < num]
 
 
-@pytest.mark.parametrize("bypass", ["constant", "value"])
-def test_a_bypass_is_fitted_to_attention(world, dense, tmp_path, bypass):
+@pytest.mark.parametrize("bypass, decider", [("constant", "learned"), ("value", "learned"), ("constant", "random")])
+def test_a_bypass_is_fitted_to_attention(world, dense, tmp_path, bypass, decider):
     printed = ok("route", dense, "--method", "dtrnet", "--layers", "all", "--routing", f"bypass={bypass}", "--routing",
-                 "value_scale=true", "--data", world.data, "--seq-len", CONTEXT, "--eval-tokens", 4 * CONTEXT, "--out",
-                 tmp_path / "routed").stdout
-    assert "bypass fitted" in printed and "1.0000 times" in printed
+                 "value_scale=true", "--routing", f"decider={decider}", "--data", world.data, "--seq-len", CONTEXT,
+                 "--eval-tokens", 4 * CONTEXT, "--out", tmp_path / "routed").stdout
+    assert "bypass fitted" in printed and ("1.0000 times" in printed) == (decider == "learned")
     torch.set_num_threads(1)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(dense, attn_implementation="eager").eval()
     ids, begins = first_tokens(world.data, 4 * CONTEXT)

@@ -33,7 +33,9 @@ double ControllerShift(std::vector<float>& differences, double target, double ra
 double ControllerMove(std::vector<float>& differences, double target, double rate, double integral,
                       double* drift) {
   const double shift = ControllerShift(differences, target, rate);
-  *drift = target >= 1 ? 0 : std::clamp(*drift + integral * shift, -1.0, 1.0);
+  // A way that was cut is a way to go, not a drift.
+  if (std::abs(shift) < rate) *drift = std::clamp(*drift + integral * shift, -1.0, 1.0);
+  if (target >= 1) *drift = 0;
   return shift + *drift;
 }
 

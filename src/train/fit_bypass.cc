@@ -94,7 +94,7 @@ std::vector<FittedBypass> FitBypass(model::Model& model, const data::TokenShards
     const eval::Batch batch =
         eval::MakeBatch(shards, std::vector<int64_t>{first}, rows, /*document_attention=*/true);
     std::vector<at::Tensor> states;
-    Forward(model, batch.ids_N, batch.stream, {.states = &states});
+    Forward(model, batch.ids_N, batch.stream, {.knobs = {.routed_layers = 0}, .states = &states});
     const at::Tensor inner = batch.stream.positions_N.ge(kFirstRows).nonzero().squeeze(1);
     const at::Tensor kept = inner.numel() > 0 ? inner : at::arange(rows);
     for (Fit& fit : fits) {
