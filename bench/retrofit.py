@@ -14,25 +14,17 @@ import html
 import json
 import os
 import pathlib
-import shutil
-import subprocess
 import sys
 
+import compare
 import compare_page
 import compare_plot
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def die(text):
-    sys.exit(f"retrofit: error: {text}")
-
-
 def detour(args, *command):
-    result = subprocess.run([args.program, *map(str, command)], stdout=subprocess.PIPE, text=True)
-    if result.returncode:
-        die(f"detour {command[0]} failed (exit code {result.returncode})")
-    return result.stdout
+    return compare.call(args.program, *map(str, command))
 
 
 def windowed(args, full, out):
@@ -40,9 +32,8 @@ def windowed(args, full, out):
     num_layers = json.loads((args.dense / "config.json").read_text())["num_hidden_layers"]
     kept = [int(layer) for layer in full.split(",")] if full else []
     if not all(0 <= layer < num_layers for layer in kept):
-        die(f"--full {full}: expected layers from 0 to {num_layers - 1}")
+        compare.die(f"--full {full}: expected layers from 0 to {num_layers - 1}")
     routed = ",".join(str(layer) for layer in range(num_layers) if layer not in kept)
-    shutil.rmtree(out, ignore_errors=True)
     settings = ["bypass=window", f"window={args.window}", "sink=4", "decider=random", "share=0"]
     detour(args, "route", args.dense, "--method", "dtrnet", "--layers", routed, "--out", out,
            *(word for setting in settings for word in ("--routing", setting)))
@@ -155,16 +146,16 @@ def main():
     for text in args.models:
         name, equals, path = text.partition("=")
         if not equals:
-            die(f"{text}: expected NAME=DIR")
+            compare.die(f"{text}: expected NAME=DIR")
         models[name] = pathlib.Path(path)
     for full in args.full:
-        name = f"window, full {full}" if full else "window"
-        models[name] = args.out / f"full-{full.replace(',', '-') or 'none'}"
+        path = args.out / f"full-{full.replace(',', '-') or 'none'}"
+        models[f"window, full {full}" if full else "window"] = path
+        if not path.exists():
+            windowed(args, full, path)
     points = []
     for name, path in models.items():
         kept = args.out / (name.replace(" ", "-").replace(",", "-") + ".json")
-        if not model_dir(path).exists():
-            windowed(args, path.name.removeprefix("full-").replace("none", "").replace("-", ","), path)
         if not kept.exists():
             print(f"{name} …", file=sys.stderr, flush=True)
             kept.write_text(json.dumps(measure(args, path)))
@@ -172,11 +163,9 @@ def main():
     speeds = measure_speed(args, models)
     for point in points:
         point["lengths"] = speeds[point["name"]]
-    with open("/proc/cpuinfo") as cpus:
-        machine = next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), "unknown")
     table = {"dense": args.dense.name, "lengths": args.lengths, "seq_len": args.seq_len,
              "recall_prompts": args.recall_prompts, "threads": os.cpu_count(), "window": args.window,
-             "machine": f"{machine}, {os.cpu_count()} cores", "points": points}
+             "machine": compare.machine(), "points": points}
     (args.out / "retrofit.json").write_text(json.dumps(table, indent=1) + "\n")
     write(table, args.out)
 

@@ -80,9 +80,7 @@ class ChatSession {
         conversation_(loaded.model, *loaded.tokenizer, loaded.chat, options.conversation),
         interactive_(isatty(STDIN_FILENO)),
         screen_(isatty(STDOUT_FILENO)) {
-    const char* term = std::getenv("TERM");
-    dim_ = isatty(STDERR_FILENO) && !std::getenv("NO_COLOR") &&
-           !(term && std::string_view(term) == "dumb");
+    dim_ = report::IsTerminal(stderr) && !std::getenv("NO_COLOR");
   }
 
   void Run() {

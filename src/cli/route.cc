@@ -6,7 +6,7 @@
 
 #include "cli/commands.h"
 #include "cli/common.h"
-#include "data/tokenizer.h"
+#include "convert/load.h"
 #include "eval/perplexity.h"
 #include "io/atomic.h"
 #include "model/cost.h"
@@ -119,10 +119,7 @@ void Route(Options options) {
   {
     io::AtomicDir dir(options.out);
     SaveModel(model, dir.path());
-    for (const std::string& file : data::TokenizerFiles(c.init_from)) {
-      std::filesystem::copy_file(
-          file, dir.path() + "/" + std::filesystem::path(file).filename().string());
-    }
+    convert::WriteTokenizerFiles(c.init_from, dir.path());
     dir.Commit();
   }
   const auto routers = static_cast<double>(model::RouterParameterCount(model.config));

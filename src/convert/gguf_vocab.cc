@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "core/error.h"
+#include "data/chat_template.h"
 #include "data/tokenizer.h"
 #include "data/utf8.h"
 #include "io/atomic.h"
@@ -189,26 +190,8 @@ class Writer {
   }
 
   void AddTemplates(GgufMetadata* out) const {
-    const fs::path root = dir_;
-    std::map<std::string, std::string> texts;
-    if (fs::exists(root / "chat_template.jinja")) {
-      texts["default"] = io::ReadFile((root / "chat_template.jinja").string(), kMaxFileBytes);
-    } else if (const fs::path path = root / "tokenizer_config.json"; fs::exists(path)) {
-      const Json config = ParseJson(io::ReadFile(path.string(), kMaxFileBytes), path.string());
-      if (HasKey(config, "chat_template", path.string())) {
-        const Json& value = config["chat_template"];
-        const std::string where = path.string() + ": chat_template";
-        if (!value.is_array()) {
-          texts["default"] = GetString(config, "chat_template", path.string());
-        } else {
-          for (const Json& entry : value) {
-            texts[GetString(entry, "name", where)] = GetString(entry, "template", where);
-          }
-        }
-      }
-    }
     std::vector<std::string> names;
-    for (const auto& [name, text] : texts) {
+    for (const auto& [name, text] : data::ReadChatTemplates(dir_).texts) {
       if (name == "default") {
         out->emplace_back("tokenizer.chat_template", text);
       } else {

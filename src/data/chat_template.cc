@@ -102,18 +102,20 @@ ChatTemplate ChatTemplate::FromText(std::string_view text,
   return out;
 }
 
+ChatTemplateTexts ReadChatTemplates(const std::string& directory) {
+  const fs::path root = directory, config = root / "tokenizer_config.json";
+  auto texts = ReadFiles(root);
+  if (!texts.empty()) return {std::move(texts), (root / "chat_template.jinja").string()};
+  return {ReadFromConfig(config), config.string() + ": chat_template"};
+}
+
 ChatTemplate ChatTemplate::Load(const std::string& directory) {
   const fs::path root = directory, config = root / "tokenizer_config.json";
   if (!fs::is_directory(root)) {
     Fail("data.chat_template", "{}: not a directory", directory);
   }
   ChatTemplate out;
-  std::map<std::string, std::string> texts = ReadFiles(root);
-  std::string where = (root / "chat_template.jinja").string();
-  if (texts.empty()) {
-    texts = ReadFromConfig(config);
-    where = config.string() + ": chat_template";
-  }
+  auto [texts, where] = ReadChatTemplates(directory);
   if (texts.empty()) {
     out.from_model_ = false;
     texts["default"] = DefaultText();

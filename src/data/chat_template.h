@@ -26,14 +26,22 @@ struct ChatOptions {
   std::function<std::tm()> clock;
 };
 
+/// The templates of a model's directory by their names, and where they stand (for messages). Looked
+/// for where transformers does: chat_template.jinja (and additional_chat_templates/NAME.jinja),
+/// else "chat_template" of tokenizer_config.json, one text or a list of named ones.
+struct ChatTemplateTexts {
+  std::map<std::string, std::string> texts;
+  std::string where;
+};
+ChatTemplateTexts ReadChatTemplates(const std::string& directory);
+
 /// Const methods are thread-safe. Error("data.jinja") for what a template gets wrong,
 /// Error("data.chat_template") and Error("json") for files and messages.
 class ChatTemplate {
  public:
-  /// The template of a model's directory, looked for where transformers does: chat_template.jinja
-  /// (and additional_chat_templates/NAME.jinja), else "chat_template" of tokenizer_config.json, one
-  /// text or a list of named ones. Where there is none: ChatML. The special tokens are those that
-  /// tokenizer_config.json names (special_tokens_map.json where it does not).
+  /// The templates of a model's directory (ReadChatTemplates). Where there is none: ChatML. The
+  /// special tokens are those that tokenizer_config.json names (special_tokens_map.json where it
+  /// does not).
   static ChatTemplate Load(const std::string& directory);
 
   /// A template from elsewhere (a GGUF's, a user's file). `special_tokens`: "bos_token" -> "<s>"

@@ -388,15 +388,9 @@ void GgufFile::ReadF32Into(const std::string& name, std::span<float> out) const 
     Fail("io.gguf", "{}: {}: expected {} elements, got {}", path_, Printable(name), out.size(),
          Show(tensor.type, tensor.shape));
   }
-  const GgufTypeInfo& type = GgufTypeOf(tensor.type);
-  for (size_t done = 0; done < out.size();) {
-    const size_t n = std::min<size_t>(kConvertElements, out.size() - done);
-    const std::span<const std::byte> bytes = tensor.bytes.subspan(
-        done / type.block_size * type.block_bytes, n / type.block_size * type.block_bytes);
-    DequantizeGguf(bytes, tensor.type, out.subspan(done, n));
-    if (mapping_) ForgetPages(bytes);
-    done += n;
-  }
+  ConvertInParts(tensor.bytes, out, mapping_ != nullptr, [&](auto bytes, std::span<float> part) {
+    DequantizeGguf(bytes, tensor.type, part);
+  });
 }
 
 void GgufFile::ReadRowsF32Into(const std::string& name, int64_t row, std::span<float> out) const {

@@ -4,6 +4,7 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -42,12 +43,25 @@ struct Mapping {
 /// A regular file, as Fd::OpenRegular; Error("io.read"). An empty file has no bytes.
 Mapping MapFile(const std::string& path);
 
-/// Elements that are converted at once out of a mapping, a multiple of every block.
-inline constexpr int64_t kConvertElements = int64_t{1} << 22;
-
 /// The process keeps no pages of the mapped file for `bytes` (within a Mapping): they come back
 /// from the file if they are read again. So a tensor that was converted counts once, not twice.
 void ForgetPages(std::span<const std::byte> bytes);
+
+/// Calls convert(bytes, values) for one part of a tensor after the other, each a whole number of
+/// blocks, and forgets the part's pages if `mapped`.
+template <typename Convert>
+void ConvertInParts(std::span<const std::byte> bytes, std::span<float> out, bool mapped,
+                    const Convert& convert) {
+  constexpr size_t kElements = size_t{1} << 22;  // a multiple of every block
+  for (size_t done = 0, at = 0; done < out.size();) {
+    const size_t n = std::min(kElements, out.size() - done), size = bytes.size() * n / out.size();
+    const std::span<const std::byte> part = bytes.subspan(at, size);
+    convert(part, out.subspan(done, n));
+    if (mapped) ForgetPages(part);
+    done += n;
+    at += size;
+  }
+}
 
 /// One file being written. Without Finish the destructor removes the file again: nothing
 /// half-written stays.

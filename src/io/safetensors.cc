@@ -280,14 +280,8 @@ void SafetensorsFile::ReadF32Into(const std::string& name, std::span<float> out)
     FailTensor(path_, name, "expected {} elements, got {}", out.size(),
                Show(info.dtype, info.shape));
   }
-  const int64_t size = DTypeBytes(info.dtype);
-  for (size_t done = 0; done < out.size();) {
-    const size_t n = std::min<size_t>(kConvertElements, out.size() - done);
-    const std::span<const std::byte> bytes = info.bytes.subspan(done * size, n * size);
-    ConvertToF32(bytes, info.dtype, out.subspan(done, n));
-    if (mapping_) ForgetPages(bytes);
-    done += n;
-  }
+  ConvertInParts(info.bytes, out, mapping_ != nullptr,
+                 [&](auto bytes, std::span<float> part) { ConvertToF32(bytes, info.dtype, part); });
 }
 
 std::vector<int32_t> SafetensorsFile::ReadI32(const std::string& name) const {

@@ -102,11 +102,12 @@ at::Tensor AddSoftly(const at::Tensor& x_ND, const Plan& plan,
                      const std::function<at::Tensor(const Plan&)>& attention) {
   const at::Tensor y = ops::AddScaled(x_ND, attention(Plan{}), plan.gate_N);
   if (plan.bypass == Bypass::kIdentity) return y;
-  Plan nobody{.bypass = plan.bypass, .bypass_H = plan.bypass_H, .window = plan.window};
+  Plan nobody{.bypass = plan.bypass,
+              .bypass_D = plan.bypass_D,
+              .bypass_H = plan.bypass_H,
+              .window = plan.window};
   SetRows(std::vector<uint8_t>(x_ND.size(0), 0), &nobody);
-  at::Tensor bypass = attention(nobody);
-  if (plan.bypass_D.defined()) bypass = bypass + plan.bypass_D;
-  return ops::AddScaled(y, bypass, 1 - plan.gate_N);
+  return ops::AddScaled(y, attention(nobody), 1 - plan.gate_N);
 }
 
 }  // namespace detour::model

@@ -19,7 +19,8 @@ namespace {
 
 /// W_O of the attention of the plan's rows among the entries of their documents. Keys are those
 /// rows' own, or with write_all every row's. With the value bypass the other rows get W_O of their
-/// own value, and the answer has all rows, else the plan's rows.
+/// own value, weighed and with a constant as the plan says, and the answer has all rows, else the
+/// plan's rows.
 at::Tensor Attention(const Model& model, const LayerWeights& layer, const at::Tensor& x_ND,
                      const Stream& stream, const Plan& plan, ops::KvStore* store,
                      const ops::GatedKeys* gated) {
@@ -51,13 +52,12 @@ at::Tensor Attention(const Model& model, const LayerWeights& layer, const at::Te
     const at::Tensor values = ops::GatherRows(y, plan.bypass_rows);
     y = ops::ReplaceRows(y, plan.bypass_rows, ops::ScaleHeads(values, plan.bypass_H));
   }
-  return ops::Linear(y, layer.o);
-}
-
-/// f with the bypass's constant added to the rows that take it.
-at::Tensor AddConstant(const at::Tensor& f_ND, const Plan& plan) {
-  const at::Tensor rows = ops::GatherRows(f_ND, plan.bypass_rows) + plan.bypass_D;
-  return ops::ReplaceRows(f_ND, plan.bypass_rows, rows);
+  y = ops::Linear(y, layer.o);
+  if (plan.bypass_D.defined() && args.bypass_rows.defined()) {
+    const at::Tensor rows = ops::GatherRows(y, plan.bypass_rows) + plan.bypass_D;
+    y = ops::ReplaceRows(y, plan.bypass_rows, rows);
+  }
+  return y;
 }
 
 /// Queries, keys and values of every row.
@@ -152,8 +152,7 @@ at::Tensor Mixer(const Model& model, const LayerWeights& layer, const at::Tensor
     return Attention(model, layer, x_ND, stream, p, store, own ? &*own : gated);
   };
   if (plan.soft) return AddSoftly(x_ND, plan, attention);
-  at::Tensor f = attention(plan);
-  if (plan.bypass_D.defined() && !plan.all_routed) f = AddConstant(f, plan);
+  const at::Tensor f = attention(plan);
   const at::Tensor y = plan.bypass == Bypass::kIdentity ? AddAnswer(x_ND, plan, f)
                                                         : ops::AddScaled(x_ND, f, plan.weight_N);
   if (!plan.counterfactual) return y;

@@ -94,7 +94,7 @@ struct ForwardOptions {
   ExitRule exit;                              ///< serving: rows may stop early
   int32_t num_layers = -1;                    ///< run only the first so many layers; -1: all
   std::vector<at::Tensor>* states = nullptr;  ///< receives x after each layer, before the last norm
-  int32_t first_layer = 0;   ///< with `input`: go on there, with the `plans` of the layers below
+  int32_t first_layer = 0;   ///< with input_ND: go on there, with the `plans` of the layers below
   at::Tensor input_ND = {};  ///< x before first_layer, inside no span; undefined: the embedding
 };
 

@@ -7,14 +7,10 @@
 #include <cstdlib>
 
 #include "report/table.h"
+#include "report/terminal.h"
 
 namespace detour::report {
 namespace {
-
-bool IsTerminal(std::FILE* out) {
-  const char* term = std::getenv("TERM");
-  return isatty(fileno(out)) && !(term && std::string_view(term) == "dumb");
-}
 
 int Columns(std::FILE* out) {
   winsize size{};

@@ -1,5 +1,9 @@
 #include "report/terminal.h"
 
+#include <unistd.h>
+
+#include <cstdlib>
+
 namespace detour::report {
 
 namespace {
@@ -15,6 +19,11 @@ bool TurnsDirection(std::string_view s) {
 }
 
 }  // namespace
+
+bool IsTerminal(std::FILE* out) {
+  const char* term = std::getenv("TERM");
+  return isatty(fileno(out)) && !(term && std::string_view(term) == "dumb");
+}
 
 std::string Harmless(std::string_view utf8) {
   std::string out;

@@ -18,9 +18,8 @@ double QuantileShift(std::vector<float>& differences, double target);
 double ControllerShift(std::vector<float>& differences, double target, double rate);
 
 /// The same and `drift`, what the controller adds in every step beside: to it goes `integral` of
-/// each shift that was not cut, so that it comes to take up what training adds in every step.
-/// Within
-/// [-1, 1]; 0 with target 1, where there is only one side to move to.
+/// each shift that was not cut, so that it comes to take up what training adds in every step. It
+/// stays within [-1, 1], and is 0 with target 1, where there is only one side to move to.
 double ControllerMove(std::vector<float>& differences, double target, double rate, double integral,
                       double* drift);
 

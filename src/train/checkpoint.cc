@@ -39,6 +39,15 @@ void WriteOptimizer(AdamW& optimizer, const std::string& path) {
   io::WriteSafetensors(path, tensors);
 }
 
+std::vector<double> Numbers(const Json& json, const char* key) {
+  std::vector<double> numbers;
+  if (!json.contains(key) || !json.at(key).is_array()) return numbers;
+  for (const Json& value : json.at(key)) {
+    if (value.is_number()) numbers.push_back(value.get<double>());
+  }
+  return numbers;
+}
+
 }  // namespace
 
 std::string SaveCheckpoint(const std::string& out_dir, model::Model& model, AdamW& optimizer,
@@ -93,19 +102,6 @@ void LoadTrained(const std::string& dir, AdamW& optimizer, Lora* lora) {
   });
   if (lora) lora->Load(dir + kLoraFile);
 }
-
-namespace {
-
-std::vector<double> Numbers(const Json& json, const char* key) {
-  std::vector<double> numbers;
-  if (!json.contains(key) || !json.at(key).is_array()) return numbers;
-  for (const Json& value : json.at(key)) {
-    if (value.is_number()) numbers.push_back(value.get<double>());
-  }
-  return numbers;
-}
-
-}  // namespace
 
 TrainerState LoadTrainerState(const std::string& dir) {
   const std::string path = dir + "/trainer_state.json";
