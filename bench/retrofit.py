@@ -77,7 +77,7 @@ def columns(table):
     for length in table["lengths"]:
         for task in ("needle", "pairs"):
             yield f"{task} at {length:,}", lambda p, n=length, t=task: f"{100 * recall(p, n, t):.0f} %"
-    for i, length in enumerate(table["lengths"]):
+    for i, length in enumerate(figure["length"] for figure in dense["lengths"]):
         yield f"KV at {length:,}", lambda p, i=i: f"{p['lengths'][i]['kv_bytes'] / dense['lengths'][i]['kv_bytes']:.3f}"
         yield f"decoding at {length:,}, tokens/s", lambda p, i=i: f"{p['lengths'][i]['decode_tokens_per_s']:.1f}"
 

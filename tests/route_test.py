@@ -98,6 +98,17 @@ def test_a_bypass_is_fitted_to_attention(world, dense, tmp_path, bypass, decider
             np.testing.assert_allclose(routed[prefix + "constant"], c, atol=1e-3 * np.abs(c).max())
 
 
+def test_a_bypass_learns_whoever_decides(world, dense, tmp_path):
+    """A layer without attention: no gate has weights, and the vector in its place is trained alone."""
+    ok("route", dense, "--method", "dtrnet", "--routing", "bypass=constant", "--routing", "decider=random", "--routing",
+       "share=0", "--routing", "reserved=1", "--data", world.data, "--seq-len", CONTEXT, "--out", tmp_path / "routed")
+    ok("train", "--init-from", tmp_path / "routed", "--teacher", dense, "--train", "router", "--data", world.data,
+       "--out-dir", tmp_path / "taught", "--seq-len", CONTEXT, "--max-steps", 3, "--lr", 1e-2)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "routed", tmp_path / "taught" / "latest"))
+    changed = {key for key in before if before[key].tobytes() != after[key].tobytes()}
+    assert changed and changed == {key for key in before if "router.bypass_" in key}
+
+
 def test_experts_are_copies_of_the_mlp(world, dense, tmp_path):
     ok("route", dense, "--method", "moe", "--routing", "experts=3", "--layers", "1", "--out", tmp_path / "routed")
     source, routed = load_file(dense / "model.safetensors"), load_file(tmp_path / "routed" / "model.safetensors")

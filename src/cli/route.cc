@@ -63,14 +63,22 @@ std::vector<std::string> WithDefaults(const std::string& methods,
   return settings;
 }
 
-/// Opens every gate; returns how many routers have none to open.
-int CountUnopened(model::Model& model, double margin) {
-  int unopened = 0;
+/// How many routers let every row in now, and how many have a gate that cannot.
+struct Opened {
+  int gates = 0, not_opened = 0;
+};
+
+Opened OpenGates(model::Model& model, double margin) {
+  Opened opened;
   for (const model::RouterId& id : model::Routers(model.config)) {
     routing::Router& router = *model.layers[id.layer].router(id.site);
-    unopened += !router.Open(margin) && router.num_experts() == 0 && router.blocks().size == 0;
+    if (router.Open(margin)) {
+      ++opened.gates;
+    } else {
+      opened.not_opened += router.num_experts() == 0 && router.blocks().size == 0;
+    }
   }
-  return unopened;
+  return opened;
 }
 
 void PrintStart(const Options& options, const model::Model& routed) {
@@ -110,7 +118,7 @@ void Route(Options options) {
   }
   c.routing = WithDefaults(c.method, c.routing);
   model::Model model = train::InitialModel(c);
-  const int unopened = CountUnopened(model, options.margin);
+  const Opened opened = OpenGates(model, options.margin);
   std::vector<train::FittedBypass> fitted;
   if (!options.data.empty()) {
     fitted = train::FitBypass(model, data::TokenShards::Open(options.data, data::Split::kTrain),
@@ -127,18 +135,17 @@ void Route(Options options) {
   fmt::print("{}: method {}, {} of {} layers routed, {} parameters in routers ({:.2f} %)\n",
              options.out, MethodName(model.config), RoutedLayers(model.config).size(),
              model.config.num_layers, report::FormatCount(routers), 100 * routers / all);
-  if (unopened > 0) {
+  if (opened.not_opened > 0) {
     fmt::print(
         "note: {} routers of this method cannot be set to let every token in: the model starts "
         "away from the dense one\n",
-        unopened);
+        opened.not_opened);
   }
   if (!fitted.empty()) PrintFit(fitted);
   if (!options.data.empty()) PrintStart(options, model);
   fmt::print(
-      "next: detour train --init-from {0} --teacher {1} --train router --target-share SHARE "
-      "--data DIR --out-dir DIR\n",
-      options.out, c.init_from);
+      "next: detour train --init-from {} --teacher {} --train router{} --data DIR --out-dir DIR\n",
+      options.out, c.init_from, opened.gates > 0 ? " --target-share SHARE" : "");
 }
 
 }  // namespace

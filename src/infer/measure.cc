@@ -29,8 +29,9 @@ std::vector<std::vector<LengthFigures>> MeasureLengths(
   std::vector<std::vector<LengthFigures>> figures(models.size());
   std::vector<double> prefill_seconds(models.size());
   int64_t done = 0;
-  for (const int64_t length : lengths) {
-    if (length + decode_tokens > most) break;
+  for (const int64_t asked : lengths) {
+    const int64_t length = std::min(asked, most - decode_tokens);
+    if (length <= done) break;
     for (size_t m = 0; m < models.size(); ++m) {
       const double start = report::MonotonicSeconds();
       for (int64_t begin = done; begin < length; begin += kChunk) {

@@ -18,7 +18,8 @@ struct LengthFigures {
 
 /// Prefills `tokens` into one cache per model and, at each of `lengths` (ascending), takes the
 /// figures; decode runs of `decode_tokens` steps alternate between the models and are truncated
-/// away. Result: [model][length]. Lengths beyond the tokens or a model's context are left out.
+/// away. Result: [model][length]. A length beyond the tokens or a model's context is cut to what
+/// leaves room to decode, once.
 std::vector<std::vector<LengthFigures>> MeasureLengths(
     const std::vector<const model::Model*>& models, std::span<const int32_t> tokens,
     const std::vector<int64_t>& lengths, int64_t decode_tokens = 16, int repeats = 5);

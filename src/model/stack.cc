@@ -67,10 +67,12 @@ struct CheckpointFn : torch::autograd::Function<CheckpointFn> {
   }
 };
 
-/// `fallback_share` of the method that decides for the mixer of this layer.
+/// `fallback_share` of the method that decides for the mixer of this layer; 0 for controls, which
+/// learn nothing from rows drawn and mean nobody when they take nobody.
 double FallbackShare(const ModelConfig& config, int32_t l) {
   for (const routing::RoutingConfig& r : config.routing) {
-    const double share = r.HasLayer(l) ? r.NumberOr("fallback_share", 0) : 0;
+    const bool learned = r.TextOr("decider", "learned") == "learned";
+    const double share = learned && r.HasLayer(l) ? r.NumberOr("fallback_share", 0) : 0;
     if (share > 0) return share;
   }
   return 0;

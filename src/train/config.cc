@@ -116,13 +116,15 @@ Json MethodObjects(const std::string& names, const model::ModelConfig& config) {
   return objects;
 }
 
-/// Whether a router of the model has weights that a gradient reaches.
+/// Whether a router of the model has weights that a gradient reaches: those of its decisions, or,
+/// whoever decides, of its bypass.
 bool RoutersLearn(const model::ModelConfig& config) {
+  const auto learns = [](const routing::RoutingConfig& r) {
+    return r.TextOr("decider", "learned") == "learned" || r.TextOr("bypass", "") == "constant" ||
+           (r.options.contains("value_scale") && r.Flag("value_scale"));
+  };
   return RouterParameterCount(config) > 0 &&
-         std::any_of(config.routing.begin(), config.routing.end(),
-                     [](const routing::RoutingConfig& r) {
-                       return r.TextOr("decider", "learned") == "learned";
-                     });
+         std::any_of(config.routing.begin(), config.routing.end(), learns);
 }
 
 }  // namespace
