@@ -1,11 +1,13 @@
 """Text that asks a model to look back: for teaching routers which tokens matter (docs/routing.md, "From dense to routed").
 
-    bench/recall_text.py --text FOLDER --out FOLDER [--documents 1500] [--words 1250] [--seed 1]
+    bench/recall_text.py --text FOLDER --out FOLDER [--documents 1500] [--words 1250] [--facts 10] [--blocks 1]
+                         [--plain 0.33] [--seed 1]
 
-Each document is a passage of a file of FOLDER, cut at paragraphs' ends, with 1 to 10 invented facts between its
-sentences; its end asks for them, in another order, and answers. Facts come in several wordings, none of which is that of
-`detour eval --recall`, and about things that it does not name. A third of the documents are the passage alone. The same
-seed writes the same bytes.
+Each document is a passage of a file of FOLDER, cut at paragraphs' ends, with 1 to --facts invented facts between its
+sentences; its end asks for them, in another order, and answers. With more --blocks it asks at other places too, each
+fact once: long documents then ask from every distance, wherever a training sequence cuts them. Facts come in several
+wordings, none of which is that of `detour eval --recall`, and about things that it does not name. A share --plain of
+the documents are the passage alone. The same seed writes the same bytes.
 """
 import argparse
 import random
@@ -39,19 +41,17 @@ def draw(kind, rng):
     return rng.choice({"name": NAMES, "thing": THINGS, "colour": COLOURS, "place": PLACES}[kind])
 
 
-def facts_of(rng):
-    """Lines to say and lines to ask, of facts whose keys differ."""
-    said, asked, keys = [], [], set()
+def facts_of(rng, most):
+    """(line that says, line that asks) of facts whose keys differ."""
+    facts, keys = [], set()
     wordings = rng.sample(WORDINGS, rng.choice([1, 1, 2, 3]))
-    for _ in range(rng.choice([1, 1, 2, 4, 6, 8, 10])):
+    for _ in range(max(1, round(most * rng.choice([0, 0.1, 0.2, 0.4, 0.6, 0.8, 1])))):
         say, ask, key_kind, answer_kind = rng.choice(wordings)
         key, answer = draw(key_kind, rng), draw(answer_kind, rng)
         if (say, key) not in keys and key != answer:
             keys.add((say, key))
-            said.append(say.format(k=key, a=answer))
-            asked.append(ask.format(k=key, a=answer))
-    rng.shuffle(asked)
-    return said, asked
+            facts.append((say.format(k=key, a=answer), ask.format(k=key, a=answer)))
+    return facts
 
 
 def passages(folder, words):
@@ -66,16 +66,28 @@ def passages(folder, words):
                 paragraphs, count = [], 0
 
 
-def document(passage, rng):
-    if rng.random() < 1 / 3:
+def questions(asked, rng):
+    """A block that asks for facts, in another order."""
+    rng.shuffle(asked)
+    lead = rng.choice(LEADS)
+    return "\n\n" + "\n".join([lead] * bool(lead) + asked) + "\n"
+
+
+def document(passage, rng, args):
+    if rng.random() < args.plain:
         return passage
     sentences = re.split(r"(?<=[.!?])(?=\s)", passage)
-    said, asked = facts_of(rng)
-    for fact in said:
-        glue = rng.choice(["\n", "\n\n", " "])
-        sentences.insert(rng.randrange(len(sentences) * 19 // 20 + 1), glue + fact)
-    lead = rng.choice(LEADS)
-    return "".join(sentences) + "\n\n" + "\n".join([lead] * bool(lead) + asked) + "\n"
+    end = len(sentences)
+    blocks = sorted(rng.randrange(end) for _ in range(args.blocks - 1)) + [end]
+    said_at, asked_at = {}, {}
+    for say, ask in facts_of(rng, args.facts):
+        place = rng.randrange(end * 19 // 20 + 1)
+        said_at.setdefault(place, []).append(rng.choice(["\n", "\n\n", " "]) + say)
+        asked_at.setdefault(rng.choice([block for block in blocks if block >= place]), []).append(ask)
+    text = []
+    for i in range(end + 1):
+        text += said_at.get(i, []) + ([questions(asked_at[i], rng)] if i in asked_at else []) + sentences[i:i + 1]
+    return "".join(text)
 
 
 def main():
@@ -84,6 +96,9 @@ def main():
     parser.add_argument("--out", required=True)
     parser.add_argument("--documents", type=int, default=1500)
     parser.add_argument("--words", type=int, default=1250)
+    parser.add_argument("--facts", type=int, default=10, help="most facts of a document")
+    parser.add_argument("--blocks", type=int, default=1, help="places of a document that ask")
+    parser.add_argument("--plain", type=float, default=1 / 3, help="share of documents without facts")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -94,7 +109,7 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i in range(args.documents):
-        (out / f"{i:05}.txt").write_text(document(found[i % len(found)], rng), encoding="utf-8")
+        (out / f"{i:05}.txt").write_text(document(found[i % len(found)], rng, args), encoding="utf-8")
     print(f"{out}: {args.documents} documents of {len(found)} passages")
 
 

@@ -14,6 +14,7 @@
 #include "routing/registry.h"
 #include "train/config.h"
 #include "train/fit_bypass.h"
+#include "train/step.h"
 
 namespace detour::cli {
 
@@ -63,22 +64,14 @@ std::vector<std::string> WithDefaults(const std::string& methods,
   return settings;
 }
 
-/// How many routers let every row in now, and how many have a gate that cannot.
-struct Opened {
-  int gates = 0, not_opened = 0;
-};
-
-Opened OpenGates(model::Model& model, double margin) {
-  Opened opened;
+/// Opens every gate; returns how many routers have none to open.
+int CountUnopened(model::Model& model, double margin) {
+  int unopened = 0;
   for (const model::RouterId& id : model::Routers(model.config)) {
     routing::Router& router = *model.layers[id.layer].router(id.site);
-    if (router.Open(margin)) {
-      ++opened.gates;
-    } else {
-      opened.not_opened += router.num_experts() == 0 && router.blocks().size == 0;
-    }
+    unopened += !router.Open(margin) && router.num_experts() == 0 && router.blocks().size == 0;
   }
-  return opened;
+  return unopened;
 }
 
 void PrintStart(const Options& options, const model::Model& routed) {
@@ -118,7 +111,7 @@ void Route(Options options) {
   }
   c.routing = WithDefaults(c.method, c.routing);
   model::Model model = train::InitialModel(c);
-  const Opened opened = OpenGates(model, options.margin);
+  const int unopened = CountUnopened(model, options.margin);
   std::vector<train::FittedBypass> fitted;
   if (!options.data.empty()) {
     fitted = train::FitBypass(model, data::TokenShards::Open(options.data, data::Split::kTrain),
@@ -135,17 +128,17 @@ void Route(Options options) {
   fmt::print("{}: method {}, {} of {} layers routed, {} parameters in routers ({:.2f} %)\n",
              options.out, MethodName(model.config), RoutedLayers(model.config).size(),
              model.config.num_layers, report::FormatCount(routers), 100 * routers / all);
-  if (opened.not_opened > 0) {
+  if (unopened > 0) {
     fmt::print(
         "note: {} routers of this method cannot be set to let every token in: the model starts "
         "away from the dense one\n",
-        opened.not_opened);
+        unopened);
   }
   if (!fitted.empty()) PrintFit(fitted);
   if (!options.data.empty()) PrintStart(options, model);
   fmt::print(
       "next: detour train --init-from {} --teacher {} --train router{} --data DIR --out-dir DIR\n",
-      options.out, c.init_from, opened.gates > 0 ? " --target-share SHARE" : "");
+      options.out, c.init_from, train::HasShiftableRouter(model) ? " --target-share SHARE" : "");
 }
 
 }  // namespace

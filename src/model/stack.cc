@@ -71,8 +71,7 @@ struct CheckpointFn : torch::autograd::Function<CheckpointFn> {
 /// learn nothing from rows drawn and mean nobody when they take nobody.
 double FallbackShare(const ModelConfig& config, int32_t l) {
   for (const routing::RoutingConfig& r : config.routing) {
-    const bool learned = r.TextOr("decider", "learned") == "learned";
-    const double share = learned && r.HasLayer(l) ? r.NumberOr("fallback_share", 0) : 0;
+    const double share = r.Learned() && r.HasLayer(l) ? r.NumberOr("fallback_share", 0) : 0;
     if (share > 0) return share;
   }
   return 0;

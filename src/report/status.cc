@@ -1,10 +1,8 @@
 #include "report/status.h"
 
 #include <sys/ioctl.h>
-#include <unistd.h>
 
 #include <chrono>
-#include <cstdlib>
 
 #include "report/table.h"
 #include "report/terminal.h"

@@ -54,6 +54,8 @@ struct RoutingConfig {
   std::string TextOr(const char* key, const char* fallback) const {
     return options.contains(key) ? Text(key) : fallback;
   }
+  /// Whether its routers decide, rather than a control (controls.h).
+  bool Learned() const { return TextOr("decider", "learned") == "learned"; }
   bool HasLayer(int32_t layer) const {
     return std::binary_search(layers.begin(), layers.end(), layer);
   }

@@ -120,7 +120,7 @@ Json MethodObjects(const std::string& names, const model::ModelConfig& config) {
 /// whoever decides, of its bypass.
 bool RoutersLearn(const model::ModelConfig& config) {
   const auto learns = [](const routing::RoutingConfig& r) {
-    return r.TextOr("decider", "learned") == "learned" || r.TextOr("bypass", "") == "constant" ||
+    return r.Learned() || r.TextOr("bypass", "") == "constant" ||
            (r.options.contains("value_scale") && r.Flag("value_scale"));
   };
   return RouterParameterCount(config) > 0 &&

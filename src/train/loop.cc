@@ -33,15 +33,6 @@ namespace {
 /// these bounds. Shares of documents differ: more of them give a truer mean.
 constexpr int64_t kMinSettleTokens = 32768, kMaxSettleTokens = 131072;
 
-bool HasShiftableRouter(model::Model& model) {
-  for (model::LayerWeights& layer : model.layers) {
-    for (const auto& router : layer.routers) {
-      if (router && router->ShiftBias(0)) return true;
-    }
-  }
-  return false;
-}
-
 /// The state and the outputs of one run.
 class Run {
  public:

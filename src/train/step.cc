@@ -216,6 +216,15 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer, const std::vector<Ba
   return result;
 }
 
+bool HasShiftableRouter(const model::Model& model) {
+  for (const model::LayerWeights& layer : model.layers) {
+    for (const auto& router : layer.routers) {
+      if (router && router->ShiftBias(0)) return true;
+    }
+  }
+  return false;
+}
+
 namespace {
 
 /// A batch on its way up the layers: the state before `layer`, and the plans below.

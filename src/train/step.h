@@ -57,6 +57,9 @@ StepResult TrainStep(model::Model& model, AdamW& optimizer,
                      const std::vector<eval::Batch>& micro_batches, const StepOptions& options,
                      Lora* lora = nullptr);
 
+/// Whether a router of the model has a bias that the controller can move.
+bool HasShiftableRouter(const model::Model& model);
+
 /// Sets every gate's bias so that exactly `target_share` of the rows of `batches` that reach it
 /// take its span, one gate after the other and by the rule that serves (Mode::kInfer): the
 /// controller's last move of a run, on more text than a step has and with weights that no longer
