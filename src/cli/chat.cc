@@ -36,6 +36,7 @@ struct Options {
   std::string model, system;
   bool json = false, stats = true;
   infer::ConversationOptions conversation;
+  std::string weights = "f32";
   RuntimeOptions runtime;
 };
 
@@ -59,8 +60,8 @@ void AddEosIds(const Json& config, const std::string& where, std::vector<int32_t
   }
 }
 
-Loaded Load(const std::string& path) {
-  Loaded loaded{.model = convert::LoadModel(path),
+Loaded Load(const std::string& path, const std::string& weights) {
+  Loaded loaded{.model = convert::LoadModel(path, ServingWeights(weights)),
                 .tokenizer = convert::LoadTokenizer(path),
                 .chat = convert::LoadChatTemplate(path)};
   AddEosIds(loaded.model.config.extra, path + "/config.json", &loaded.eos_ids);
@@ -220,7 +221,7 @@ class ChatSession {
 
 void Chat(Options& options) {
   ApplyRuntimeOptions(options.runtime);
-  const Loaded loaded = Load(options.model);
+  const Loaded loaded = Load(options.model, options.weights);
   options.conversation.eos_ids = loaded.eos_ids;
   if (!loaded.chat.from_model()) {
     fmt::print(stderr, "note: the model has no chat template; using ChatML\n");
@@ -256,6 +257,7 @@ void AddChatCommand(CLI::App& app) {
           "Speed, share attending and cache bytes after each answer, on standard error");
   AddFlag(*sub, "--json,!--no-json", options->json,
           "A line of JSON per answer, with token ids, in place of its text");
+  AddWeightsOption(*sub, &options->weights);
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(
       "Reads messages from standard input, one a line. Ctrl-C stops an answer; /help lists the "

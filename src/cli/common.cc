@@ -33,6 +33,18 @@ void ApplyRuntimeOptions(const RuntimeOptions& options) {
   at::set_num_threads(1);
 }
 
+void AddWeightsOption(CLI::App& sub, std::string* weights) {
+  sub.add_option("--weights", *weights,
+                 "Matrices kept as f32, bf16, q8, q4 or q4min (blocks of 32, inputs as 8 bits); or "
+                 "stored: what a GGUF file has in Q8_0, Q4_0 or Q4_1 stays in it")
+      ->capture_default_str();
+}
+
+model::WeightOptions ServingWeights(const std::string& weights) {
+  if (weights == "stored") return {.compact = true, .as_stored = true};
+  return {.compact = true, .format = kernels::ParseWeightFormat(weights)};
+}
+
 void ApplyTrainingRuntimeOptions(const RuntimeOptions& options) {
   if (!std::getenv("OMP_WAIT_POLICY") && !std::getenv("GOMP_SPINCOUNT")) {
     setenv("OMP_WAIT_POLICY", "passive", 0);

@@ -35,6 +35,11 @@ void AddSamplingOptions(CLI::App& sub, infer::SamplingOptions* options);
 /// --exit, --exit-threshold, --exit-from.
 void AddExitOptions(CLI::App& sub, model::ExitRule* rule);
 
+/// --weights: how a command that serves keeps the matrices.
+void AddWeightsOption(CLI::App& sub, std::string* weights);
+/// Error("flag.weights") for an unknown name.
+model::WeightOptions ServingWeights(const std::string& weights);
+
 /// A flag's check: a finite number in [low, high].
 CLI::Validator Number(double low, double high = std::numeric_limits<double>::max());
 

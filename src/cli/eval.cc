@@ -23,6 +23,7 @@ struct Options {
   std::string recall;
   eval::EvalOptions eval;
   eval::RecallOptions recall_options;
+  std::string weights = "f32";
   RuntimeOptions runtime;
   bool json = false;
 };
@@ -149,7 +150,7 @@ void Eval(const Options& options) {
     Fail("flag", "give either --data DIR or --text PATH");
   }
   if (!options.recall.empty() && options.data.empty()) Fail("flag", "--recall needs --data");
-  const model::Model model = convert::LoadModel(options.model);
+  const model::Model model = convert::LoadModel(options.model, ServingWeights(options.weights));
   const eval::EvalResult result =
       options.texts.empty() ? EvaluateShards(model, options) : EvaluateTexts(model, options);
   Json json = ToJson(result);
@@ -206,6 +207,7 @@ void AddEvalCommand(CLI::App& app) {
       ->check(CLI::Range(1, 24))
       ->capture_default_str();
   sub->add_flag("--json", options->json, "Print JSON");
+  AddWeightsOption(*sub, &options->weights);
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(
       "Example:\n  detour eval --model out/dtrnet/latest --data data/sotu\n"

@@ -31,6 +31,7 @@ struct Options {
   bool ignore_eos = false, stats = false, json = false;
   infer::GenerateOptions generate;
   infer::SpeculateOptions speculate{.draft_layers = 0};
+  std::string weights = "f32";
   RuntimeOptions runtime;
 };
 
@@ -137,7 +138,7 @@ void Generate(Options& options) {
     if (s.empty()) Fail("generate.options", "--stop: expected a string, got an empty one");
   }
   const std::vector<std::string> prompts = Prompts(options);
-  const model::Model model = convert::LoadModel(options.model);
+  const model::Model model = convert::LoadModel(options.model, ServingWeights(options.weights));
   const auto tokenizer = convert::LoadTokenizer(options.model);
   if (tokenizer->vocab_size() > model.config.vocab_size) {
     Fail("generate", "{}: the tokenizer has {} tokens, the model {}", options.model,
@@ -239,6 +240,7 @@ void AddGenerateCommand(CLI::App& app) {
           "Speed, cache bytes and routing on standard error");
   AddFlag(*sub, "--json,!--no-json", options->json,
           "A line of JSON per prompt, with token ids and routing, at the end");
+  AddWeightsOption(*sub, &options->weights);
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(
       "Example:\n  detour generate --model out/dtrnet/latest --prompt \"The state of the union\" "

@@ -18,6 +18,7 @@ struct Options {
   std::string model, tokens, out, mode = "full";
   int64_t chunk = 64;
   model::ExitRule exit;
+  std::string weights = "f32";
   RuntimeOptions runtime;
 };
 
@@ -28,7 +29,7 @@ std::span<const std::byte> Bytes(const std::vector<T>& values) {
 
 void Logits(const Options& options) {
   ApplyRuntimeOptions(options.runtime);
-  const model::Model model = convert::LoadModel(options.model);
+  const model::Model model = convert::LoadModel(options.model, ServingWeights(options.weights));
   const io::SafetensorsFile file = io::SafetensorsFile::Open(options.tokens);
   const std::vector<int64_t> shape = file.Get("input_ids").shape;
   if (shape.empty() || shape.size() > 2) {
@@ -107,6 +108,7 @@ void AddLogitsCommand(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   AddExitOptions(*sub, &options->exit);
+  AddWeightsOption(*sub, &options->weights);
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(
       "Example:\n  detour logits --model out/dtrnet/latest --tokens ids.safetensors --out "

@@ -31,6 +31,7 @@ struct Options {
   std::vector<std::string> runs;
   std::string data, out, json, prompt = "The state of the union is", lengths = "1024,8192,32000";
   int64_t eval_tokens = 0, sample_tokens = 120, map_tokens = 240, seq_len = 1024;
+  std::string weights = "f32";
   RuntimeOptions runtime;
 };
 
@@ -68,7 +69,7 @@ void ReadMetrics(Entry* entry) {
   entry->share.name = entry->name;
 }
 
-Entry LoadEntry(const std::string& run) {
+Entry LoadEntry(const std::string& run, const std::string& weights) {
   const size_t equals = run.find('=');
   Entry entry;
   entry.name = equals == std::string::npos ? std::filesystem::path(run).filename().string()
@@ -76,7 +77,7 @@ Entry LoadEntry(const std::string& run) {
   entry.dir = equals == std::string::npos ? run : run.substr(equals + 1);
   const bool trained_here = std::filesystem::exists(entry.dir + "/latest");
   entry.model_dir = trained_here ? entry.dir + "/latest" : entry.dir;
-  entry.model = model::LoadModel(entry.model_dir);
+  entry.model = model::LoadModel(entry.model_dir, ServingWeights(weights));
   if (trained_here) {
     entry.summary = ReadJson(entry.dir + "/summary.json");
     ReadMetrics(&entry);
@@ -316,7 +317,7 @@ Json ToJson(const std::vector<Entry>& entries) {
 void Report(const Options& options) {
   ApplyRuntimeOptions(options.runtime);
   std::vector<Entry> entries;
-  for (const std::string& run : options.runs) entries.push_back(LoadEntry(run));
+  for (const std::string& run : options.runs) entries.push_back(LoadEntry(run, options.weights));
   const data::TokenShards val = data::TokenShards::Open(options.data, data::Split::kVal);
   const auto tokenizer = data::Tokenizer::Load(entries[0].model_dir);
   std::vector<const model::Model*> models;
@@ -400,6 +401,7 @@ void AddReportCommand(CLI::App& app) {
   sub->add_option("--map-tokens", options->map_tokens, "Tokens on the route map")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  AddWeightsOption(*sub, &options->weights);
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(
       "Example:\n  detour report --run dtrnet=out/dtrnet --run dense=out/dense --data data/sotu "

@@ -31,7 +31,7 @@ using kernels::Simd;
 using Sequences = std::vector<std::vector<int32_t>>;
 
 struct Options {
-  std::string model;
+  std::string model, weights = "f32";
   int64_t tokens = 2000;
   int threads = 0;
 };
@@ -133,15 +133,26 @@ std::vector<Simd> Targets() {
 constexpr int64_t kKernelRows = 7;  // no multiple of any tile
 
 Comparison CompareGemm(const ops::Matrix& matrix) {
-  const int64_t m = matrix.weight.size(0), k = matrix.weight.size(1);
+  const kernels::PackedMatrix& w = matrix.Packed();
+  const int64_t m = w.num_outputs(), k = w.num_inputs();
   const std::vector<float> x = RandomFloats(kKernelRows * k, 1);
   std::vector<float> got(kKernelRows * m), expected(kKernelRows * m);
-  kernels::reference::Gemm(x.data(), k, kKernelRows, ops::F32(matrix.weight), m, k, nullptr,
-                           expected.data(), m);
+  if (kernels::IsQuantized(w.format())) {
+    const int64_t num_blocks = (k + kernels::kQuantBlock - 1) / kernels::kQuantBlock;
+    std::vector<kernels::QuantBlock> blocks(m * num_blocks);
+    for (int64_t i = 0; i < m; ++i) w.CopyBlocks(i, blocks.data() + i * num_blocks);
+    kernels::reference::GemmQuant(x.data(), k, kKernelRows, blocks.data(), w.format(), m, k,
+                                  nullptr, expected.data(), m);
+  } else {
+    std::vector<float> rows(m * k);
+    for (int64_t i = 0; i < m; ++i) w.CopyRow(i, rows.data() + i * k);
+    kernels::reference::Gemm(x.data(), k, kKernelRows, rows.data(), m, k, nullptr, expected.data(),
+                             m);
+  }
   Comparison c;
   for (const Simd simd : Targets()) {
     kernels::SetSimd(simd);
-    kernels::Gemm(x.data(), k, kKernelRows, matrix.Packed(), nullptr, got.data(), m);
+    kernels::Gemm(x.data(), k, kKernelRows, w, nullptr, got.data(), m);
     c.AddValues(got, expected);
   }
   return c;
@@ -312,7 +323,7 @@ void AddRoutingRungs(const Scores& full, Ladder* ladder) {
 
 void Verify(const Options& options) {
   ApplyRuntimeOptions({.threads = options.threads});
-  const model::Model model = convert::LoadModel(options.model);
+  const model::Model model = convert::LoadModel(options.model, ServingWeights(options.weights));
   const Sequences sequences = RandomSequences(model.config, options.tokens);
   fmt::print("{}: method {}, {} parameters; {} random tokens in {} sequences; {}, {} threads\n",
              options.model, MethodName(model.config),
@@ -349,6 +360,7 @@ void AddVerifyCommand(CLI::App& app) {
   sub->add_option("--tokens", options->tokens, "Random tokens, over all sequences")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
       ->capture_default_str();
+  AddWeightsOption(*sub, &options->weights);
   sub->add_option("--threads", options->threads, "Threads; 0: as many as the machine has")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();

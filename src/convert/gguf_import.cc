@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <set>
 
 #include "convert/gguf_layout.h"
@@ -263,22 +264,56 @@ void CheckTensors(model::Model& model, const io::GgufFile& file) {
   }
 }
 
+/// Packs a matrix of Q8_0, Q4_0 or Q4_1 as it is; rows of heads of `head_rows` are reordered.
+/// False for other types.
+bool PackStored(const io::GgufTensor& tensor, int64_t head_rows, kernels::PackedMatrix* packed) {
+  using kernels::QuantBlock, kernels::WeightFormat, kernels::kQuantBlock;
+  const bool q8 = tensor.type == io::GgufType::kQ8_0, min = tensor.type == io::GgufType::kQ4_1;
+  if (tensor.shape.size() != 2 || !(q8 || min || tensor.type == io::GgufType::kQ4_0)) return false;
+  const int64_t head_bytes = min ? 4 : 2, block_bytes = head_bytes + (q8 ? 32 : 16);
+  const int64_t num_blocks = tensor.shape[1] / kQuantBlock;
+  const auto blocks_of = [&](int64_t m, QuantBlock* row) {
+    const int64_t from = head_rows > 0 ? FileRow(m, head_rows) : m;
+    const std::byte* p = tensor.bytes.data() + from * num_blocks * block_bytes;
+    for (int64_t b = 0; b < num_blocks; ++b, p += block_bytes) {
+      std::memcpy(&row[b].scale, p, 2);
+      if (min) std::memcpy(&row[b].min, p + 2, 2);
+      for (int i = 0; i < kQuantBlock; ++i) {
+        const auto byte = static_cast<uint8_t>(p[head_bytes + (q8 ? i : i % 16)]);
+        row[b].q[i] = static_cast<int8_t>(q8 ? byte : i < 16 ? byte & 15 : byte >> 4);
+      }
+    }
+  };
+  packed->PackBlocks(q8    ? WeightFormat::kQ8
+                     : min ? WeightFormat::kQ4Min
+                           : WeightFormat::kQ4,
+                     tensor.shape[0], tensor.shape[1], blocks_of);
+  return true;
+}
+
 }  // namespace
 
 model::ModelConfig ConfigFromGguf(const io::GgufFile& file) {
   return model::ParseConfig(Reader(file).Read(), file.path());
 }
 
-model::Model ModelFromGguf(const io::GgufFile& file) {
-  model::Model model = model::AllocateModel(ConfigFromGguf(file));  // pages not yet touched
+model::Model ModelFromGguf(const io::GgufFile& file, const model::WeightOptions& options) {
+  model::Model model = model::AllocateModel(ConfigFromGguf(file), /*shapes_only=*/true);
   CheckTensors(model, file);
   const bool reordered = FindArchitecture(model.config.model_type)->pairs_rotate;
-  ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
+  const auto heads_of = [&](const std::string& name) {
+    return reordered ? ReorderedHeads(model.config, name) : 0;
+  };
+  const auto read = [&](const std::string& name, at::Tensor& t) {
     const std::span<float> values(t.mutable_data_ptr<float>(), static_cast<size_t>(t.numel()));
     file.ReadF32Into(GgufName(name), values);
-    const int64_t heads = reordered ? ReorderedHeads(model.config, name) : 0;
-    if (heads > 0) ReorderToOurs(values, heads, model.config.head_dim);
-  });
+    if (heads_of(name) > 0) ReorderToOurs(values, heads_of(name), model.config.head_dim);
+  };
+  const auto pack = [&](const std::string& name, kernels::PackedMatrix* packed) {
+    return PackStored(file.Get(GgufName(name)), heads_of(name) > 0 ? model.config.head_dim : 0,
+                      packed);
+  };
+  FillModel(model, options, read, options.as_stored ? pack : model::PackStoredFn());
   return model;
 }
 

@@ -15,8 +15,8 @@ namespace detour::convert {
 /// tensors when these are read.
 model::ModelConfig ConfigFromGguf(const io::GgufFile& file);
 
-/// The weights as f32, Q and K in our order. Every tensor must be there with its shape and no
+/// The weights, Q and K in our order. Every tensor must be there with its shape and no
 /// other. Memory: the model and a few megabytes.
-model::Model ModelFromGguf(const io::GgufFile& file);
+model::Model ModelFromGguf(const io::GgufFile& file, const model::WeightOptions& options = {});
 
 }  // namespace detour::convert

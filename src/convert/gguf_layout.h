@@ -35,6 +35,11 @@ inline int64_t OurRow(int64_t file_row, int64_t head_rows) {
   const int64_t head = file_row / head_rows, r = file_row % head_rows;
   return head * head_rows + r % 2 * (head_rows / 2) + r / 2;
 }
+/// Its inverse.
+inline int64_t FileRow(int64_t our_row, int64_t head_rows) {
+  const int64_t head = our_row / head_rows, r = our_row % head_rows, half = head_rows / 2;
+  return head * head_rows + (r < half ? 2 * r : 2 * (r - half) + 1);
+}
 /// Rows of all heads, each of `head_rows`, from the file's order to ours, in place. Needs the
 /// memory of one head.
 void ReorderToOurs(std::span<float> values, int64_t num_heads, int64_t head_rows);

@@ -32,8 +32,9 @@ model::ModelConfig LoadConfig(const std::string& path) {
   return IsGguf(path) ? ConfigFromGguf(io::GgufFile::Open(path)) : model::LoadConfig(path);
 }
 
-model::Model LoadModel(const std::string& path) {
-  return IsGguf(path) ? ModelFromGguf(io::GgufFile::Open(path)) : model::LoadModel(path);
+model::Model LoadModel(const std::string& path, const model::WeightOptions& options) {
+  return IsGguf(path) ? ModelFromGguf(io::GgufFile::Open(path), options)
+                      : model::LoadModel(path, options);
 }
 
 std::unique_ptr<data::Tokenizer> LoadTokenizer(const std::string& path) {

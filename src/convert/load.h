@@ -16,7 +16,7 @@ bool IsGguf(const std::string& path);
 /// A directory, a config.json or a GGUF file.
 model::ModelConfig LoadConfig(const std::string& path);
 /// A directory or a GGUF file. Errors: model::LoadModel's, or gguf_import.h's.
-model::Model LoadModel(const std::string& path);
+model::Model LoadModel(const std::string& path, const model::WeightOptions& options = {});
 /// A directory with a tokenizer, a tokenizer's file, or a GGUF file.
 std::unique_ptr<data::Tokenizer> LoadTokenizer(const std::string& path);
 /// The chat template of a directory or a GGUF file; ChatML where there is none.

@@ -6,9 +6,9 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/half.h"
 #include "core/threads.h"
 #include "io/gguf.h"
-#include "io/half.h"
 #include "io/safetensors.h"
 
 namespace detour::io {

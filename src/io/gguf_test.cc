@@ -12,9 +12,9 @@
 #include <filesystem>
 
 #include "core/error.h"
+#include "core/half.h"
 #include "core/rng.h"
 #include "io/atomic.h"
-#include "io/half.h"
 
 namespace detour::io {
 namespace {

@@ -8,9 +8,9 @@
 #include <string_view>
 
 #include "core/error.h"
+#include "core/half.h"
 #include "core/json.h"
 #include "core/threads.h"
-#include "io/half.h"
 #include "io/posix.h"
 
 namespace detour::io {

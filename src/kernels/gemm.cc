@@ -9,6 +9,8 @@
 #include <hwy/highway.h>
 // clang-format on
 
+#include "kernels/gemm.h"
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -21,43 +23,19 @@
 #include "kernels/scratch.h"
 #include "kernels/tile-inl.h"
 
-#ifndef DETOUR_KERNELS_GEMM_ONCE
-#define DETOUR_KERNELS_GEMM_ONCE
-namespace detour::kernels {
-
-inline constexpr int64_t kPanel = 32;  // outputs of a panel
-
-/// The arguments of one Gemm call.
-struct GemmArgs {
-  const float* x;
-  int64_t ldx;
-  const PackedMatrix* w;
-  const float* bias;
-  float* y;
-  int64_t ldy;
-};
-
-/// A block of the outputs: rows and panels.
-struct GemmBlock {
-  int64_t row_begin, row_end, panel_begin, panel_end;
-};
-
-}  // namespace detour::kernels
-#endif  // DETOUR_KERNELS_GEMM_ONCE
-
 HWY_BEFORE_NAMESPACE();
 namespace detour::kernels {
 namespace HWY_NAMESPACE {
 
 /// y[r][0, kVectors · kLanes) (+)= x W for kRows rows over n of the inputs. W starts at `w` in its
-/// panel; the next panel is panel_floats further.
-template <int kRows, int kVectors>
-void GemmTile(const float* x, int64_t n, const float* w, int64_t panel_floats, bool first, float* y,
+/// panel; the next panel is panel_size weights further.
+template <class Weight, int kRows, int kVectors>
+void GemmTile(const float* x, int64_t n, const Weight* w, int64_t panel_size, bool first, float* y,
               int64_t ldy) {
   constexpr int kPanelVectors = static_cast<int>(kPanel) / kLanes;
   constexpr int kPointers = kVectors > kPanelVectors ? kVectors / kPanelVectors : 1;
-  const float* panels[kPointers];
-  for (int i = 0; i < kPointers; ++i) panels[i] = w + i * panel_floats;
+  const Weight* panels[kPointers];
+  for (int i = 0; i < kPointers; ++i) panels[i] = w + i * panel_size;
   Tile<kRows, kVectors> tile;
   if (first) {
     tile.Clear();
@@ -72,46 +50,44 @@ void GemmTile(const float* x, int64_t n, const float* w, int64_t panel_floats, b
   }
 }
 
-using GemmTileFn = void (*)(const float*, int64_t, const float*, int64_t, bool, float*, int64_t);
+template <class Weight>
+using GemmTileFn = decltype(&GemmTile<Weight, 1, 2>);
 
-template <bool kWide, int... kRows>
-constexpr std::array<GemmTileFn, kTileRows> GemmTiles(std::integer_sequence<int, kRows...>) {
-  return {&GemmTile < kRows + 1, kWide ? TileVectors(kRows + 1) : 2 > ...};
+template <class Weight, bool kWide, int... kRows>
+constexpr std::array<GemmTileFn<Weight>, kTileRows> GemmTiles(
+    std::integer_sequence<int, kRows...>) {
+  return {&GemmTile < Weight, kRows + 1, kWide ? TileVectors(kRows + 1) : 2 > ...};
 }
 constexpr auto kRowsOfTiles = std::make_integer_sequence<int, kTileRows>();
-constexpr auto kWideTiles = GemmTiles<true>(kRowsOfTiles);
-constexpr auto kNarrowTiles = GemmTiles<false>(kRowsOfTiles);
+template <class Weight>
+constexpr auto kWideTiles = GemmTiles<Weight, true>(kRowsOfTiles);
+template <class Weight>
+constexpr auto kNarrowTiles = GemmTiles<Weight, false>(kRowsOfTiles);
 
 /// One row tile (at most kTileRows rows) times the panels [panel, panel_end) of `args`.
+template <class Weight>
 struct GemmStep {
   const GemmArgs* args;
   int64_t depth_begin, depth;  // the inputs of this step
   bool first, last;
 
-  /// Columns [column, column + width) of rows [row, row + rows), all inside the matrix.
-  HWY_INLINE void Store(float* y, int64_t ldy, int64_t rows, int64_t column, int64_t width) const {
-    if (!last || !args->bias) return;
-    const float* bias = args->bias + column;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t m = 0; m < width; ++m) y[r * ldy + m] += bias[m];
-    }
-  }
-
   void Run(const float* x, int64_t row, int64_t rows, int64_t panel, int64_t panel_end) const {
     const PackedMatrix& w = *args->w;
-    const int64_t panel_floats = w.num_inputs() * kPanel;
+    const auto* weights = reinterpret_cast<const Weight*>(w.data());
+    const int64_t panel_size = w.num_inputs() * kPanel;
     const int64_t wide = TileVectors(static_cast<int>(rows)) * kLanes;
     const int64_t end = std::min(panel_end * kPanel, w.num_outputs());
     for (int64_t column = panel * kPanel; column < end;) {
       const int64_t room = (panel_end * kPanel) - column;
-      const GemmTileFn run = wide <= room ? kWideTiles[rows - 1] : kNarrowTiles[rows - 1];
+      const GemmTileFn<Weight> run =
+          wide <= room ? kWideTiles<Weight>[rows - 1] : kNarrowTiles<Weight>[rows - 1];
       const int64_t width = wide <= room ? wide : 2 * kLanes;
       const int64_t used = std::min(width, end - column);
-      const float* w_at =
-          w.data() + column / kPanel * panel_floats + depth_begin * kPanel + column % kPanel;
+      const Weight* w_at =
+          weights + column / kPanel * panel_size + depth_begin * kPanel + column % kPanel;
       float* y = args->y + row * args->ldy + column;
       if (used == width) {
-        run(x, depth, w_at, panel_floats, first, y, args->ldy);
+        run(x, depth, w_at, panel_size, first, y, args->ldy);
       } else {
         alignas(64) float whole[kTileRows * 4 * kLanes];
         if (!first) {
@@ -119,16 +95,17 @@ struct GemmStep {
             std::copy_n(y + r * args->ldy, used, whole + r * width);
           }
         }
-        run(x, depth, w_at, panel_floats, first, whole, width);
+        run(x, depth, w_at, panel_size, first, whole, width);
         for (int64_t r = 0; r < rows; ++r) std::copy_n(whole + r * width, used, y + r * args->ldy);
       }
-      Store(y, args->ldy, rows, column, used);
+      if (last && args->bias) AddBias(args->bias + column, rows, used, y, args->ldy);
       column += width;
     }
   }
 };
 
-void RunGemmBlock(const GemmArgs& args, const GemmBlock& block) {
+template <class Weight>
+void RunBlock(const GemmArgs& args, const GemmBlock& block) {
   const int64_t num_rows = block.row_end - block.row_begin;
   const int64_t num_inputs = args.w->num_inputs();
   const int64_t num_steps = (num_inputs + kMaxDepth - 1) / kMaxDepth;
@@ -136,7 +113,7 @@ void RunGemmBlock(const GemmArgs& args, const GemmBlock& block) {
   float* x = ScratchFloats(num_rows * kXStride);
   for (int64_t s = 0; s < num_steps; ++s) {
     const int64_t begin = num_inputs * s / num_steps, end = num_inputs * (s + 1) / num_steps;
-    const GemmStep step{&args, begin, end - begin, s == 0, s + 1 == num_steps};
+    const GemmStep<Weight> step{&args, begin, end - begin, s == 0, s + 1 == num_steps};
     for (int64_t r = 0; r < num_rows; ++r) {
       std::memcpy(x + r * kXStride, args.x + (block.row_begin + r) * args.ldx + begin,
                   (end - begin) * sizeof(float));
@@ -155,6 +132,14 @@ void RunGemmBlock(const GemmArgs& args, const GemmBlock& block) {
   }
 }
 
+void RunGemmBlock(const GemmArgs& args, const GemmBlock& block) {
+  if (args.w->format() == WeightFormat::kBf16) {
+    RunBlock<hwy::bfloat16_t>(args, block);
+  } else {
+    RunBlock<float>(args, block);
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace detour::kernels
 HWY_AFTER_NAMESPACE();
@@ -162,38 +147,10 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace detour::kernels {
 
-void PackedMatrix::Free::operator()(float* p) const { std::free(p); }
-
-int64_t PackedMatrix::bytes() const {
-  return (num_outputs_ + kPanel - 1) / kPanel * kPanel * num_inputs_ * sizeof(float);
-}
-
-void PackedMatrix::Pack(const float* w, int64_t num_outputs, int64_t num_inputs, int64_t ldw) {
-  DETOUR_CHECK(num_outputs >= 1 && num_inputs >= 1 && ldw >= num_inputs, "[{}, {}], stride {}",
-               num_outputs, num_inputs, ldw);
-  if (!data_ || num_outputs != num_outputs_ || num_inputs != num_inputs_) {
-    data_.reset();
-    num_outputs_ = num_outputs;
-    num_inputs_ = num_inputs;
-    data_.reset(AllocateFloats(bytes() / sizeof(float)));
+void AddBias(const float* bias, int64_t rows, int64_t width, float* y, int64_t ldy) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t m = 0; m < width; ++m) y[r * ldy + m] += bias[m];
   }
-  const int64_t num_panels = (num_outputs + kPanel - 1) / kPanel;
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (num_inputs * kPanel));
-  ParallelFor(0, num_panels, grain, [&](int64_t panel_begin, int64_t panel_end) {
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
-      const int64_t used = std::min(kPanel, num_outputs - p * kPanel);
-      const float* from = w + p * kPanel * ldw;
-      float* to = data_.get() + p * kPanel * num_inputs;
-      if (used < kPanel) std::fill_n(to, kPanel * num_inputs, 0.0f);
-      // 16 columns at a time: a cache line of each row is read whole.
-      for (int64_t k = 0; k < num_inputs; k += 16) {
-        const int64_t k_end = std::min(k + 16, num_inputs);
-        for (int64_t m = 0; m < used; ++m) {
-          for (int64_t i = k; i < k_end; ++i) to[i * kPanel + m] = from[m * ldw + i];
-        }
-      }
-    }
-  });
 }
 
 void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, const float* bias,
@@ -216,7 +173,7 @@ void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, 
                              std::max<int64_t>(1, flops / row_blocks / kMinBlockFlops)});
   }
   const GemmArgs args{x, ldx, &w, bias, y, ldy};
-  const auto run = DETOUR_DISPATCH(RunGemmBlock);
+  const auto run = IsQuantized(w.format()) ? QuantGemmBlock() : DETOUR_DISPATCH(RunGemmBlock);
   ParallelFor(0, row_blocks * panel_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / panel_groups, g = i % panel_groups;

@@ -122,15 +122,16 @@ TEST(PackedMatrix, HasPanelsOfZeroPaddedOutputsAndReusesItsBuffer) {
   PackedMatrix packed = c.Packed();
   EXPECT_EQ(packed.bytes(), 2 * 32 * 19 * 4);
   EXPECT_EQ(reinterpret_cast<uintptr_t>(packed.data()) % 64, 0);
+  const auto at = [&](int64_t i) { return reinterpret_cast<const float*>(packed.data())[i]; };
   for (int64_t m = 0; m < 64; ++m) {
     for (int64_t k = 0; k < 19; ++k) {
-      EXPECT_EQ(packed.data()[(m / 32 * 19 + k) * 32 + m % 32], m < 37 ? c.w[m * 19 + k] : 0.0f);
+      EXPECT_EQ(at((m / 32 * 19 + k) * 32 + m % 32), m < 37 ? c.w[m * 19 + k] : 0.0f);
     }
   }
-  const float* before = packed.data();
+  const std::byte* before = packed.data();
   packed.Pack(c.w.data(), 37, 10, 19);
   EXPECT_EQ(packed.num_inputs(), 10);
-  EXPECT_EQ(packed.data()[9 * 32 + 4], c.w[4 * 19 + 9]);
+  EXPECT_EQ(at(9 * 32 + 4), c.w[4 * 19 + 9]);
   packed.Pack(c.w.data(), 37, 19, 19);
   before = packed.data();
   packed.Pack(c.w.data(), 37, 19, 19);

@@ -17,6 +17,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -36,29 +37,70 @@ std::string SimdName();
 
 // --- Matrix product
 
-/// W [M,K] packed for Gemm: ceil(M/32) panels of [K][32] f32, 64-byte aligned, missing outputs
-/// zero.
+/// How a matrix keeps its weights. Each is one exact definition, the same on every target.
+enum class WeightFormat {
+  kF32,
+  kBf16,   ///< rounded to nearest, ties to even; products as in f32
+  kQ8,     ///< w = scale · q, q in −127..127 (GGUF's Q8_0): 8.5 bits a weight
+  kQ4,     ///< w = scale · (q − 8), q in 0..15 (Q4_0): 4.5 bits
+  kQ4Min,  ///< w = scale · q + min, q in 0..15 (Q4_1): 5 bits
+};
+/// "f32", "bf16", "q8", "q4" or "q4min"; Error("flag.weights") otherwise.
+WeightFormat ParseWeightFormat(const std::string& name);
+inline bool IsQuantized(WeightFormat format) { return format >= WeightFormat::kQ8; }
+
+/// Inputs that share a scale in the formats kQ8, kQ4, kQ4Min.
+inline constexpr int64_t kQuantBlock = 32;
+/// One output's weights of one block; scale and min are f16 bits. Missing inputs are 0 (kQ4: 8).
+struct QuantBlock {
+  uint16_t scale = 0, min = 0;
+  int8_t q[kQuantBlock] = {};
+};
+
+/// W [M,K] packed for Gemm, 64-byte aligned: ceil(M/32) panels of 32 outputs. kF32, kBf16:
+/// [K][32]. The others: for each block of inputs the numbers, then the scales [32] and minima [32]
+/// as f16; kQ8 [8][32][4] int8, input 4 g + i at [g][·][i]; kQ4 [4][32][4] bytes, inputs 8 g + i in
+/// the low half and 8 g + 4 + i in the high half of [g][·][i]. Missing outputs are zero.
 class PackedMatrix {
  public:
   PackedMatrix() = default;
   /// Copies row-major W [M,K] with row stride `ldw`. Cost: M·K reads and writes. Reuses the buffer
-  /// if the shape is equal.
-  void Pack(const float* w, int64_t num_outputs, int64_t num_inputs, int64_t ldw);
+  /// if shape and format are equal. Quantized as GGUF does: scale = f16(largest |w| / 127), q8;
+  /// f16(w of largest magnitude / −8), q4; f16((max − min) / 15), q4min; by nearest q.
+  /// Error("weights.range") if a scale does not fit f16.
+  void Pack(const float* w, int64_t num_outputs, int64_t num_inputs, int64_t ldw,
+            WeightFormat format = WeightFormat::kF32);
+  /// Weights that are quantized already: blocks_of(m, row) fills the ceil(K/32) blocks of output m;
+  /// called from several threads.
+  void PackBlocks(WeightFormat format, int64_t num_outputs, int64_t num_inputs,
+                  const std::function<void(int64_t m, QuantBlock* row)>& blocks_of);
+  /// The weights of output m as the products see them, [K].
+  void CopyRow(int64_t m, float* row) const;
+  /// The blocks of output m of a quantized matrix, [ceil(K/32)].
+  void CopyBlocks(int64_t m, QuantBlock* row) const;
   int64_t num_outputs() const { return num_outputs_; }
   int64_t num_inputs() const { return num_inputs_; }
-  const float* data() const { return data_.get(); }
+  WeightFormat format() const { return format_; }
+  const std::byte* data() const { return data_.get(); }
+  int64_t PanelBytes() const;
   int64_t bytes() const;
 
  private:
   struct Free {
-    void operator()(float* p) const;
+    void operator()(std::byte* p) const;
   };
+  void Allocate(int64_t num_outputs, int64_t num_inputs, WeightFormat format);
   int64_t num_outputs_ = 0, num_inputs_ = 0;
-  std::unique_ptr<float[], Free> data_;
+  WeightFormat format_ = WeightFormat::kF32;
+  std::unique_ptr<std::byte[], Free> data_;
 };
 
 /// y_NM = x_NK Wᵀ (+ bias_M, added last). bias may be null. N = 0 is fine. Adds 2·N·M·K to the op
-/// counter.
+/// counter. Against quantized weights x is quantized too, each row in blocks of 32: s = largest |x|
+/// / 127, q_k = nearest(x_k · (127 / largest |x|)), ties to even; then per output, for the blocks
+/// in order, acc = fma(dot, s · scale, acc) with dot = Σ q_x q_w in integers, from +0, and for
+/// kQ4Min acc = fma(Σ q_x, s · min, acc) after it. A block of x with a NaN or an infinity makes
+/// NaN.
 void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, const float* bias,
           float* y, int64_t ldy);
 

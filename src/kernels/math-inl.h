@@ -31,6 +31,9 @@ static_assert(kParts == 1 || kParts == 2);
 /// as 0 and are not written; OrElse sets them).
 struct Whole {
   HWY_INLINE V Load(const float* p) const { return hn::LoadU(d, p); }
+  HWY_INLINE V Load(const hwy::bfloat16_t* p) const {
+    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<hwy::bfloat16_t, D>(), p));
+  }
   HWY_INLINE void Store(V v, float* p) const { hn::StoreU(v, d, p); }
   HWY_INLINE V OrElse(V v, float) const { return v; }
 };

@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "core/half.h"
+
 namespace detour::kernels::reference {
 
 float Exp(float x) {
@@ -33,6 +35,41 @@ void Gemm(const float* x, int64_t ldx, int64_t num_rows, const float* w, int64_t
       float acc = 0;
       for (int64_t k = 0; k < num_inputs; ++k) {
         acc = std::fma(x[n * ldx + k], w[m * num_inputs + k], acc);
+      }
+      y[n * ldy + m] = bias ? acc + bias[m] : acc;
+    }
+  }
+}
+
+void GemmQuant(const float* x, int64_t ldx, int64_t num_rows, const QuantBlock* w,
+               WeightFormat format, int64_t num_outputs, int64_t num_inputs, const float* bias,
+               float* y, int64_t ldy) {
+  const int64_t num_blocks = (num_inputs + kQuantBlock - 1) / kQuantBlock;
+  const auto half = [](uint16_t bits) { return std::bit_cast<float>(F16ToF32Bits(bits)); };
+  for (int64_t n = 0; n < num_rows; ++n) {
+    for (int64_t m = 0; m < num_outputs; ++m) {
+      float acc = 0;
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        const float* block = x + n * ldx + b * kQuantBlock;
+        const int64_t count = std::min(kQuantBlock, num_inputs - b * kQuantBlock);
+        const QuantBlock& weights = w[m * num_blocks + b];
+        float max = 0, scale = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          max = std::isfinite(block[i]) ? std::max(max, std::abs(block[i])) : NAN;
+          if (std::isnan(max)) break;
+        }
+        scale = max / 127.0f;
+        const float inverse = max > 0 ? 127.0f / max : 0.0f;
+        int32_t dot = 0, sum = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          const int32_t q = static_cast<int32_t>(std::nearbyint(block[i] * inverse));
+          dot += q * (weights.q[i] - (format == WeightFormat::kQ4 ? 8 : 0));
+          sum += q;
+        }
+        acc = std::fma(static_cast<float>(dot), scale * half(weights.scale), acc);
+        if (format == WeightFormat::kQ4Min) {
+          acc = std::fma(static_cast<float>(sum), scale * half(weights.min), acc);
+        }
       }
       y[n * ldy + m] = bias ? acc + bias[m] : acc;
     }

@@ -43,6 +43,10 @@ float LaneSum(int64_t n, const Add& add) {
 /// As kernels::Gemm with W [M,K] row-major.
 void Gemm(const float* x, int64_t ldx, int64_t num_rows, const float* w, int64_t num_outputs,
           int64_t num_inputs, const float* bias, float* y, int64_t ldy);
+/// As kernels::Gemm with quantized weights: ceil(K/32) blocks an output.
+void GemmQuant(const float* x, int64_t ldx, int64_t num_rows, const QuantBlock* w,
+               WeightFormat format, int64_t num_outputs, int64_t num_inputs, const float* bias,
+               float* y, int64_t ldy);
 void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
             std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH);
 void RmsNorm(const float* x, int64_t num_rows, int64_t dim, const float* w, float eps, float* y,

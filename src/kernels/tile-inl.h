@@ -40,8 +40,8 @@ struct Tile {
 
   /// acc_rv = fma(x[r·kStride + k], W_v[k·step], acc_rv) for k = 0, 1, … n−1, where W_v is the v-th
   /// vector of the kPointers arrays in turn. `io` reads W: Whole, or Part of a single vector.
-  template <int kStride, int kPointers, class Io>
-  HWY_INLINE void Accumulate(const float* x, int64_t n, const float* const* w, int64_t step,
+  template <int kStride, int kPointers, class Weight, class Io>
+  HWY_INLINE void Accumulate(const float* x, int64_t n, const Weight* const* w, int64_t step,
                              const Io& io) {
     static_assert(kVectors % kPointers == 0);
     constexpr int kPer = kVectors / kPointers;

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 #include <unistd.h>
 
+#include <map>
 #include <set>
 
 #include "core/error.h"
@@ -115,18 +116,25 @@ KvShape KvShapeOf(const ModelConfig& c, int32_t layer) {
 
 namespace {
 
-ops::Matrix AllocateMatrix(int64_t outputs, int64_t inputs, bool bias) {
-  ops::Matrix m;
-  m.weight = at::zeros({outputs, inputs});
-  if (bias) m.bias = at::zeros({outputs});
-  return m;
-}
-
-FfnWeights AllocateFfn(const ModelConfig& c, int64_t size) {
-  const int64_t d = c.hidden_size;
-  return {AllocateMatrix(size, d, c.mlp_bias), AllocateMatrix(size, d, c.mlp_bias),
-          AllocateMatrix(d, size, c.mlp_bias)};
-}
+/// Allocates matrices, as zeros or as shapes alone.
+struct Allocator {
+  bool shapes_only;
+  at::Tensor Weight(int64_t outputs, int64_t inputs) const {
+    const at::TensorOptions f32(at::kFloat);
+    return shapes_only ? at::empty({outputs, inputs}, f32.device(at::kMeta))
+                       : at::zeros({outputs, inputs}, f32);
+  }
+  ops::Matrix Matrix(int64_t outputs, int64_t inputs, bool bias) const {
+    ops::Matrix m;
+    m.weight = Weight(outputs, inputs);
+    if (bias) m.bias = at::zeros({outputs});
+    return m;
+  }
+  FfnWeights Ffn(const ModelConfig& c, int64_t size) const {
+    const int64_t d = c.hidden_size;
+    return {Matrix(size, d, c.mlp_bias), Matrix(size, d, c.mlp_bias), Matrix(d, size, c.mlp_bias)};
+  }
+};
 
 /// Routers of every method that has this layer; room for their experts.
 void AddRouters(const ModelConfig& c, int32_t l, LayerWeights* w) {
@@ -141,7 +149,8 @@ void AddRouters(const ModelConfig& c, int32_t l, LayerWeights* w) {
 
 }  // namespace
 
-Model AllocateModel(const ModelConfig& c) {
+Model AllocateModel(const ModelConfig& c, bool shapes_only) {
+  const Allocator allocate{shapes_only};
   const double bytes = 4.0 * ParameterCount(c);
   const double memory = static_cast<double>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
   if (bytes > memory) {
@@ -150,9 +159,9 @@ Model AllocateModel(const ModelConfig& c) {
   }
   Model m;
   m.config = c;
-  m.embed = at::zeros({c.vocab_size, c.hidden_size});
+  m.embed = allocate.Weight(c.vocab_size, c.hidden_size);
   m.norm = at::zeros({c.hidden_size});
-  m.head.weight = c.tie_word_embeddings ? m.embed : at::zeros({c.vocab_size, c.hidden_size});
+  m.head.weight = c.tie_word_embeddings ? m.embed : allocate.Weight(c.vocab_size, c.hidden_size);
   const int64_t q_width = c.num_heads * c.head_dim, kv_width = c.num_kv_heads * c.head_dim;
   for (int32_t l = 0; l < c.num_layers; ++l) {
     LayerWeights w;
@@ -167,19 +176,19 @@ Model AllocateModel(const ModelConfig& c) {
     }
     w.input_norm = at::zeros({c.hidden_size});
     w.post_norm = at::zeros({c.hidden_size});
-    w.q = AllocateMatrix(q_width, c.hidden_size, c.qkv_bias);
-    w.k = AllocateMatrix(kv_width, c.hidden_size, c.qkv_bias);
-    w.v = AllocateMatrix(kv_width, c.hidden_size, c.qkv_bias);
-    w.o = AllocateMatrix(c.hidden_size, q_width, c.o_bias);
+    w.q = allocate.Matrix(q_width, c.hidden_size, c.qkv_bias);
+    w.k = allocate.Matrix(kv_width, c.hidden_size, c.qkv_bias);
+    w.v = allocate.Matrix(kv_width, c.hidden_size, c.qkv_bias);
+    w.o = allocate.Matrix(c.hidden_size, q_width, c.o_bias);
     if (c.qk_norm) {
       w.q_norm = at::zeros({c.head_dim});
       w.k_norm = at::zeros({c.head_dim});
     }
     AddRouters(c, l, &w);
     const MlpShape mlp = MlpShapeOf(c, l);
-    for (FfnWeights& expert : w.experts) expert = AllocateFfn(c, mlp.expert_size);
-    if (mlp.size > 0) w.ffn = AllocateFfn(c, mlp.size);
-    if (mlp.gated) w.shared_gate = AllocateMatrix(1, c.hidden_size, false);
+    for (FfnWeights& expert : w.experts) expert = allocate.Ffn(c, mlp.expert_size);
+    if (mlp.size > 0) w.ffn = allocate.Ffn(c, mlp.size);
+    if (mlp.gated) w.shared_gate = allocate.Matrix(1, c.hidden_size, false);
     m.layers.push_back(std::move(w));
   }
   return m;
@@ -225,11 +234,70 @@ int64_t CountParameters(Model& model, bool routers_only) {
   return count;
 }
 
-Model LoadModel(const std::string& dir) {
-  Model model = AllocateModel(LoadConfig(dir));
+namespace {
+
+/// The matrices of layers and head, but not those of routers.
+void ForEachMatrix(Model& model, const std::function<void(ops::Matrix&)>& visit) {
+  const auto ffn = [&](FfnWeights& w) {
+    for (ops::Matrix* m : {&w.gate, &w.up, &w.down}) visit(*m);
+  };
+  for (LayerWeights& w : model.layers) {
+    for (ops::Matrix* m : {&w.q, &w.k, &w.v, &w.o}) visit(*m);
+    ffn(w.ffn);
+    for (FfnWeights& expert : w.experts) ffn(expert);
+  }
+  visit(model.head);
+}
+
+}  // namespace
+
+void FillModel(Model& model, const WeightOptions& options, const ReadTensorFn& read,
+               const PackStoredFn& pack_stored) {
+  std::map<const at::Tensor*, ops::Matrix*> matrix_of;
+  if (options.compact) {
+    ForEachMatrix(model, [&](ops::Matrix& m) { matrix_of[&m.weight] = &m; });
+    if (model.config.tie_word_embeddings) matrix_of[&model.embed] = &model.head;
+  }
+  ForEachTensor(model, [&](const std::string& name, at::Tensor& t) {
+    const auto found = matrix_of.find(&t);
+    ops::Matrix* matrix = found == matrix_of.end() ? nullptr : found->second;
+    kernels::PackedMatrix stored;
+    if (matrix && pack_stored && pack_stored(name, &stored)) {
+      matrix->Compact(std::move(stored));
+    } else {
+      if (t.is_meta()) t = at::empty(t.sizes(), at::kFloat);
+      read(name, t);
+      if (!matrix) return;
+      matrix->weight = t;
+      matrix->Compact(options.format);
+    }
+    t = matrix->weight;
+  });
+}
+
+int64_t WeightBytes(Model& model) {
+  int64_t bytes = 0;
+  std::set<const void*> seen;
+  ForEachMatrix(model, [&](ops::Matrix& m) {
+    if (!m.weight.defined() || !m.weight.is_meta()) return;
+    if (seen.insert(m.Packed().data()).second) bytes += m.Packed().bytes();
+  });
+  ForEachTensor(model, [&](const std::string&, at::Tensor& t) {
+    if (!t.is_meta()) bytes += static_cast<int64_t>(t.nbytes());
+  });
+  return bytes;
+}
+
+at::Tensor EmbedTokens(const Model& model, const at::Tensor& ids_N) {
+  return model.embed.is_meta() ? ops::PackedRows(model.head, ids_N)
+                               : ops::Embed(model.embed, ids_N);
+}
+
+Model LoadModel(const std::string& dir, const WeightOptions& options) {
+  Model model = AllocateModel(LoadConfig(dir), /*shapes_only=*/true);
   const io::ShardedTensors file = io::ShardedTensors::Open(dir);
   std::set<std::string> expected;
-  ForEachTensor(model, [&](const std::string& our_name, at::Tensor& t) {
+  const auto read = [&](const std::string& our_name, at::Tensor& t) {
     const std::string name = FileName(model.config, our_name);
     expected.insert(name);
     const io::TensorInfo& info = file.Get(name);
@@ -238,7 +306,8 @@ Model LoadModel(const std::string& dir) {
            fmt::join(t.sizes(), ", "), fmt::join(info.shape, ", "));
     }
     file.ReadF32Into(name, {ops::F32(t), static_cast<size_t>(t.numel())});
-  });
+  };
+  FillModel(model, options, read, nullptr);
   for (const std::string& name : file.Names()) {
     // Tied checkpoints may carry the head all the same; rotary buffers are recomputed.
     const bool harmless = name.ends_with("rotary_emb.inv_freq") ||

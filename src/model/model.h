@@ -68,8 +68,9 @@ void ForEachTensor(Model& model, const routing::TensorVisitor& visit);
 /// The weights of one layer's routers only; names relative to "model.layers.N.".
 void ForEachRouterTensor(LayerWeights& layer, const routing::TensorVisitor& visit);
 
-/// Weights allocated as zeros.
-Model AllocateModel(const ModelConfig& config);
+/// Weights allocated as zeros; those of the layers, the embedding and the head as shapes alone
+/// (meta tensors) if they are to be filled (FillModel).
+Model AllocateModel(const ModelConfig& config, bool shapes_only = false);
 /// Matrices N(0, initializer_range), norms 1, biases 0; each tensor from (seed, its name): a routed
 /// model and its dense twin share every weight they have in common.
 void InitializeWeights(Model& model, uint64_t seed);
@@ -77,9 +78,27 @@ void InitializeWeights(Model& model, uint64_t seed);
 void DrawNormal(uint64_t seed, const std::string& name, double sigma, at::Tensor& t);
 int64_t CountParameters(Model& model, bool routers_only = false);
 
+/// What becomes of a model's matrices when they are loaded.
+struct WeightOptions {
+  bool compact = false;  ///< packed only, to be served; else f32 tensors, to be trained
+  kernels::WeightFormat format = kernels::WeightFormat::kF32;  ///< of packed ones
+  bool as_stored = false;  ///< matrices that a GGUF file has in a packed format stay in it
+};
+using ReadTensorFn = std::function<void(const std::string& name, at::Tensor& t)>;
+/// Packs a matrix from quantized blocks that a file has; false if it has none.
+using PackStoredFn = std::function<bool(const std::string& name, kernels::PackedMatrix* packed)>;
+/// Gives every tensor its values, `read` or as packed by `pack_stored` (may be null), one matrix
+/// after the other: a compact model never needs the memory of its f32 tensors.
+void FillModel(Model& model, const WeightOptions& options, const ReadTensorFn& read,
+               const PackStoredFn& pack_stored);
+
 /// Reads DIR/config.json and its safetensors (f32, bf16 or f16 → f32). Every tensor must be there
 /// with its shape and no other.
-Model LoadModel(const std::string& dir);
+Model LoadModel(const std::string& dir, const WeightOptions& options = {});
+/// Bytes of all weights as they are kept.
+int64_t WeightBytes(Model& model);
+/// Rows of the embedding, [N, D].
+at::Tensor EmbedTokens(const Model& model, const at::Tensor& ids_N);
 /// Writes config.json and model.safetensors into `dir` (which exists).
 void SaveModel(Model& model, const std::string& dir);
 

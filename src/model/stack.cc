@@ -188,7 +188,7 @@ at::Tensor Forward(const Model& model, const at::Tensor& ids_N, const routing::S
   DETOUR_CHECK(ids_N.size(0) == stream.num_rows());
   auto with_ids = std::make_shared<routing::Stream>(stream);
   with_ids->ids_N = ids_N;
-  at::Tensor x_ND = options.input_ND.defined() ? options.input_ND : ops::Embed(model.embed, ids_N);
+  at::Tensor x_ND = options.input_ND.defined() ? options.input_ND : EmbedTokens(model, ids_N);
   std::vector<LayerPlans> ignored;
   std::vector<LayerPlans>& plans = options.plans ? *options.plans : ignored;
   plans.resize(options.first_layer);

@@ -21,6 +21,7 @@ const int32_t* I32(const at::Tensor& t) {
 }
 
 const kernels::PackedMatrix& Matrix::Packed() const {
+  if (weight.is_meta()) return cache_->packed;
   // Inference tensors carry no version: they are never written after loading.
   const int64_t version = weight.is_inference() ? 0 : weight._version();
   if (cache_->version != version || cache_->data != weight.const_data_ptr()) {
@@ -30,6 +31,27 @@ const kernels::PackedMatrix& Matrix::Packed() const {
     cache_->data = weight.const_data_ptr();
   }
   return cache_->packed;
+}
+
+void Matrix::Compact(kernels::WeightFormat format) {
+  kernels::PackedMatrix packed;
+  packed.Pack(F32(weight), weight.size(0), weight.size(1), weight.size(1), format);
+  Compact(std::move(packed));
+}
+
+void Matrix::Compact(kernels::PackedMatrix packed) {
+  DETOUR_CHECK(packed.num_outputs() == weight.size(0) && packed.num_inputs() == weight.size(1));
+  cache_->packed = std::move(packed);
+  weight = at::empty(weight.sizes(), at::TensorOptions(at::kFloat).device(at::kMeta));
+}
+
+at::Tensor PackedRows(const Matrix& matrix, const at::Tensor& ids_N) {
+  const kernels::PackedMatrix& packed = matrix.Packed();
+  at::Tensor y = at::empty({ids_N.size(0), packed.num_inputs()}, at::kFloat);
+  for (int64_t i = 0; i < ids_N.size(0); ++i) {
+    packed.CopyRow(I32(ids_N)[i], F32(y) + i * packed.num_inputs());
+  }
+  return y;
 }
 
 namespace {

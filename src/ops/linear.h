@@ -19,10 +19,14 @@ const int32_t* I32(const at::Tensor& t);
 /// weight.
 class Matrix {
  public:
-  at::Tensor weight;
-  at::Tensor bias;  ///< undefined if there is none
+  at::Tensor weight;  ///< of a compact matrix on the meta device: a shape without data
+  at::Tensor bias;    ///< undefined if there is none
 
   const kernels::PackedMatrix& Packed() const;
+  /// Packs the weight in `format` and lets go of the tensor's data: for serving only.
+  void Compact(kernels::WeightFormat format);
+  /// Takes a packed weight of the same shape instead.
+  void Compact(kernels::PackedMatrix packed);
 
  private:
   struct Cache {
@@ -32,6 +36,9 @@ class Matrix {
   };
   std::shared_ptr<Cache> cache_ = std::make_shared<Cache>();
 };
+
+/// Rows ids_N (i32) of a compact matrix, [N, K]; without gradient. CHECKs the ids.
+at::Tensor PackedRows(const Matrix& matrix, const at::Tensor& ids_N);
 
 /// y_NM = x_NK Wᵀ + bias. Forward: kernels::Gemm. Backward: torch.mm. Counted in the op counter.
 at::Tensor Linear(const at::Tensor& x_NK, const Matrix& matrix);

@@ -5,7 +5,7 @@
 #include <bit>
 #include <cstdint>
 
-namespace detour::io {
+namespace detour {
 
 inline uint32_t F16ToF32Bits(uint16_t half) {
   const uint32_t sign = uint32_t{half & 0x8000u} << 16;
@@ -43,4 +43,4 @@ inline uint16_t F32ToBF16Bits(uint32_t bits) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-}  // namespace detour::io
+}  // namespace detour

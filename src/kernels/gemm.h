@@ -1,0 +1,32 @@
+// What the two kinds of matrix product share: arguments, and the blocks they are cut into.
+#pragma once
+
+#include "kernels/kernels.h"
+
+namespace detour::kernels {
+
+inline constexpr int64_t kPanel = 32;  // outputs of a panel
+
+/// The arguments of one Gemm call.
+struct GemmArgs {
+  const float* x;
+  int64_t ldx;
+  const PackedMatrix* w;
+  const float* bias;
+  float* y;
+  int64_t ldy;
+};
+
+/// A block of the outputs: rows and panels.
+struct GemmBlock {
+  int64_t row_begin, row_end, panel_begin, panel_end;
+};
+
+/// y[r][0, width) += bias for each row.
+void AddBias(const float* bias, int64_t rows, int64_t width, float* y, int64_t ldy);
+
+/// Computes a block of a product with quantized weights, on the target in force. (gemm_quant.cc)
+using GemmBlockFn = void (*)(const GemmArgs& args, const GemmBlock& block);
+GemmBlockFn QuantGemmBlock();
+
+}  // namespace detour::kernels

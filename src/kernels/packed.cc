@@ -1,0 +1,234 @@
+// Packing: every weight format's layout, and how weights are rounded to it.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "core/error.h"
+#include "core/half.h"
+#include "core/threads.h"
+#include "kernels/gemm.h"
+#include "kernels/kernels.h"
+#include "kernels/scratch.h"
+
+namespace detour::kernels {
+namespace {
+
+constexpr std::array<const char*, 5> kFormatNames = {"f32", "bf16", "q8", "q4", "q4min"};
+
+bool HasHalves(WeightFormat format) { return format >= WeightFormat::kQ4; }
+
+float FromHalf(uint16_t half) { return std::bit_cast<float>(F16ToF32Bits(half)); }
+
+uint16_t ToHalf(float x) {
+  const uint16_t half = F32ToF16Bits(std::bit_cast<uint32_t>(x));
+  if (!std::isfinite(FromHalf(half))) {
+    Fail("weights.range",
+         "a block of weights needs a scale of {}: expected at most 65504. Hint: --weights f32", x);
+  }
+  return half;
+}
+
+/// Bytes of one block of a panel: numbers, then scales and minima.
+int64_t NumberBytes(WeightFormat f) { return kPanel * (HasHalves(f) ? 16 : 32); }
+int64_t BlockBytes(WeightFormat f) {
+  return NumberBytes(f) + kPanel * (f == WeightFormat::kQ4Min ? 4 : 2);
+}
+int64_t NumBlocks(int64_t num_inputs) { return (num_inputs + kQuantBlock - 1) / kQuantBlock; }
+
+/// Where number i of lane m of a block is, and by how much it is shifted.
+struct Place {
+  int64_t byte;
+  int shift;
+};
+Place PlaceOf(WeightFormat f, int64_t m, int64_t i) {
+  if (f == WeightFormat::kQ8) return {(i / 4 * kPanel + m) * 4 + i % 4, 0};
+  return {(i / 8 * kPanel + m) * 4 + i % 4, i % 8 < 4 ? 0 : 4};
+}
+
+/// Nearest q to w / scale, by the rounded inverse of the unrounded scale, as GGUF's own writer.
+void Quantize(WeightFormat f, const float* w, int64_t n, QuantBlock* block) {
+  *block = {};
+  if (f == WeightFormat::kQ4) std::fill_n(block->q, kQuantBlock, int8_t{8});
+  const auto [low, high] = std::minmax_element(w, w + n);
+  float min = 0, scale = 0;
+  if (f == WeightFormat::kQ8) {
+    scale = std::max(std::abs(*low), std::abs(*high)) / 127;
+  } else if (f == WeightFormat::kQ4) {
+    const float largest = std::abs(*low) >= std::abs(*high) ? *low : *high;
+    scale = largest != 0 ? largest / -8 : 0;
+  } else {
+    min = *low;
+    scale = (*high - *low) / 15;
+  }
+  block->scale = ToHalf(scale);
+  block->min = ToHalf(min);
+  const float inverse = scale != 0 ? 1 / scale : 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float q = (w[i] - min) * inverse;
+    if (f == WeightFormat::kQ8) {
+      block->q[i] = static_cast<int8_t>(std::clamp(std::round(q), -127.0f, 127.0f));
+    } else {
+      const float from = f == WeightFormat::kQ4 ? 8.5f : 0.5f;
+      block->q[i] = static_cast<int8_t>(std::clamp(std::floor(q + from), 0.0f, 15.0f));
+    }
+  }
+}
+
+float Dequantize(WeightFormat f, const QuantBlock& block, int64_t i) {
+  const float scale = FromHalf(block.scale);
+  if (f == WeightFormat::kQ4) return scale * static_cast<float>(block.q[i] - 8);
+  const float product = scale * static_cast<float>(block.q[i]);
+  return f == WeightFormat::kQ4Min ? product + FromHalf(block.min) : product;
+}
+
+void StoreBlock(WeightFormat f, const QuantBlock& from, int64_t m, std::byte* block) {
+  for (int64_t i = 0; i < kQuantBlock; ++i) {
+    const Place place = PlaceOf(f, m, i);
+    block[place.byte] |= static_cast<std::byte>(static_cast<uint8_t>(from.q[i]) << place.shift);
+  }
+  std::byte* scales = block + NumberBytes(f);
+  std::memcpy(scales + m * 2, &from.scale, 2);
+  if (f == WeightFormat::kQ4Min) std::memcpy(scales + (kPanel + m) * 2, &from.min, 2);
+}
+
+QuantBlock LoadBlock(WeightFormat f, int64_t m, const std::byte* block) {
+  QuantBlock to;
+  for (int64_t i = 0; i < kQuantBlock; ++i) {
+    const Place place = PlaceOf(f, m, i);
+    const auto byte = static_cast<uint8_t>(block[place.byte]);
+    to.q[i] = static_cast<int8_t>(HasHalves(f) ? byte >> place.shift & 15 : byte);
+  }
+  const std::byte* scales = block + NumberBytes(f);
+  std::memcpy(&to.scale, scales + m * 2, 2);
+  if (f == WeightFormat::kQ4Min) std::memcpy(&to.min, scales + (kPanel + m) * 2, 2);
+  return to;
+}
+
+uint16_t Rounded(float x, uint16_t) { return F32ToBF16Bits(std::bit_cast<uint32_t>(x)); }
+float Rounded(float x, float) { return x; }
+
+/// The panels of f32 and bf16: [K][32].
+template <class Weight>
+void PackPanel(const float* w, int64_t ldw, int64_t used, int64_t num_inputs, Weight* to) {
+  if (used < kPanel) std::fill_n(to, kPanel * num_inputs, Weight{});
+  // 16 columns at a time: a cache line of each row is read whole.
+  for (int64_t k = 0; k < num_inputs; k += 16) {
+    const int64_t k_end = std::min(k + 16, num_inputs);
+    for (int64_t m = 0; m < used; ++m) {
+      for (int64_t i = k; i < k_end; ++i) to[i * kPanel + m] = Rounded(w[m * ldw + i], Weight{});
+    }
+  }
+}
+
+}  // namespace
+
+WeightFormat ParseWeightFormat(const std::string& name) {
+  const auto found = std::find(kFormatNames.begin(), kFormatNames.end(), name);
+  if (found == kFormatNames.end()) {
+    Fail("flag.weights", "--weights: expected f32, bf16, q8, q4, q4min or stored, got '{}'", name);
+  }
+  return static_cast<WeightFormat>(found - kFormatNames.begin());
+}
+
+void PackedMatrix::Free::operator()(std::byte* p) const { std::free(p); }
+
+int64_t PackedMatrix::PanelBytes() const {
+  if (IsQuantized(format_)) return NumBlocks(num_inputs_) * BlockBytes(format_);
+  return num_inputs_ * kPanel * (format_ == WeightFormat::kF32 ? 4 : 2);
+}
+
+int64_t PackedMatrix::bytes() const { return (num_outputs_ + kPanel - 1) / kPanel * PanelBytes(); }
+
+void PackedMatrix::Allocate(int64_t num_outputs, int64_t num_inputs, WeightFormat format) {
+  DETOUR_CHECK(num_outputs >= 1 && num_inputs >= 1, "[{}, {}]", num_outputs, num_inputs);
+  if (data_ && num_outputs == num_outputs_ && num_inputs == num_inputs_ && format == format_) {
+    return;
+  }
+  data_.reset();
+  num_outputs_ = num_outputs;
+  num_inputs_ = num_inputs;
+  format_ = format;
+  data_.reset(reinterpret_cast<std::byte*>(AllocateFloats((bytes() + 3) / sizeof(float))));
+}
+
+void PackedMatrix::Pack(const float* w, int64_t num_outputs, int64_t num_inputs, int64_t ldw,
+                        WeightFormat format) {
+  DETOUR_CHECK(ldw >= num_inputs, "[{}, {}], stride {}", num_outputs, num_inputs, ldw);
+  if (IsQuantized(format)) {
+    PackBlocks(format, num_outputs, num_inputs, [&](int64_t m, QuantBlock* row) {
+      for (int64_t k = 0; k < num_inputs; k += kQuantBlock) {
+        Quantize(format, w + m * ldw + k, std::min(kQuantBlock, num_inputs - k),
+                 row + k / kQuantBlock);
+      }
+    });
+    return;
+  }
+  Allocate(num_outputs, num_inputs, format);
+  const int64_t num_panels = (num_outputs + kPanel - 1) / kPanel;
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (num_inputs * kPanel));
+  ParallelFor(0, num_panels, grain, [&](int64_t panel_begin, int64_t panel_end) {
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      const int64_t used = std::min(kPanel, num_outputs - p * kPanel);
+      const float* from = w + p * kPanel * ldw;
+      std::byte* to = data_.get() + p * PanelBytes();
+      if (format == WeightFormat::kF32) {
+        PackPanel(from, ldw, used, num_inputs, reinterpret_cast<float*>(to));
+      } else {
+        PackPanel(from, ldw, used, num_inputs, reinterpret_cast<uint16_t*>(to));
+      }
+    }
+  });
+}
+
+void PackedMatrix::PackBlocks(WeightFormat format, int64_t num_outputs, int64_t num_inputs,
+                              const std::function<void(int64_t m, QuantBlock* row)>& blocks_of) {
+  DETOUR_CHECK(IsQuantized(format));
+  Allocate(num_outputs, num_inputs, format);
+  const int64_t num_panels = (num_outputs + kPanel - 1) / kPanel;
+  const int64_t num_blocks = NumBlocks(num_inputs), block_bytes = BlockBytes(format);
+  ParallelFor(0, num_panels, 1, [&](int64_t panel_begin, int64_t panel_end) {
+    std::vector<QuantBlock> row(num_blocks);
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      std::byte* panel = data_.get() + p * PanelBytes();
+      std::memset(panel, 0, PanelBytes());
+      for (int64_t m = 0; m < std::min(kPanel, num_outputs - p * kPanel); ++m) {
+        blocks_of(p * kPanel + m, row.data());
+        for (int64_t b = 0; b < num_blocks; ++b) {
+          StoreBlock(format, row[b], m, panel + b * block_bytes);
+        }
+      }
+    }
+  });
+}
+
+void PackedMatrix::CopyBlocks(int64_t m, QuantBlock* row) const {
+  DETOUR_CHECK(IsQuantized(format_) && m >= 0 && m < num_outputs_, "{} of {}", m, num_outputs_);
+  const std::byte* panel = data_.get() + m / kPanel * PanelBytes();
+  for (int64_t b = 0; b < NumBlocks(num_inputs_); ++b) {
+    row[b] = LoadBlock(format_, m % kPanel, panel + b * BlockBytes(format_));
+  }
+}
+
+void PackedMatrix::CopyRow(int64_t m, float* row) const {
+  DETOUR_CHECK(data_ && m >= 0 && m < num_outputs_, "{} of {}", m, num_outputs_);
+  const std::byte* panel = data_.get() + m / kPanel * PanelBytes();
+  QuantBlock block;
+  for (int64_t k = 0; k < num_inputs_; ++k) {
+    const int64_t at = k * kPanel + m % kPanel;
+    if (format_ == WeightFormat::kF32) {
+      row[k] = reinterpret_cast<const float*>(panel)[at];
+    } else if (format_ == WeightFormat::kBf16) {
+      row[k] = std::bit_cast<float>(uint32_t{reinterpret_cast<const uint16_t*>(panel)[at]} << 16);
+    } else {
+      const int64_t i = k % kQuantBlock;
+      if (i == 0)
+        block = LoadBlock(format_, m % kPanel, panel + k / kQuantBlock * BlockBytes(format_));
+      row[k] = Dequantize(format_, block, i);
+    }
+  }
+}
+
+}  // namespace detour::kernels
