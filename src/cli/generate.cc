@@ -49,17 +49,27 @@ std::vector<std::string> Prompts(const Options& options) {
   return prompts;
 }
 
+/// To standard error: a line for people, or one of JSON.
 void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& config,
-                const std::vector<infer::RequestResult>& results) {
+                const std::vector<infer::RequestResult>& results, bool json) {
   infer::Attendance attendance;
   for (const infer::RequestResult& r : results) {
     attendance.Add(config, r.routed_tokens, r.num_positions);
   }
+  const double decode_speed =
+      static_cast<double>(stats.decode_tokens) / std::max(stats.decode_seconds, 1e-9);
+  if (json) {
+    const Json line = {
+        {"prompt_tokens", stats.prompt_tokens}, {"prefill_seconds", stats.prefill_seconds},
+        {"new_tokens", stats.new_tokens},       {"decode_tokens_per_s", decode_speed},
+        {"kv_bytes", stats.peak_kv_bytes},      {"peak_rss_bytes", report::PeakRssBytes()}};
+    fmt::print(stderr, "{}\n", line.dump());
+    return;
+  }
   fmt::print(stderr,
              "prompt {} tokens in {:.2f} s; {} new tokens, {:.1f} tok/s in decode; KV cache {}{}; "
              "peak memory {}\n",
-             stats.prompt_tokens, stats.prefill_seconds, stats.new_tokens,
-             static_cast<double>(stats.decode_tokens) / std::max(stats.decode_seconds, 1e-9),
+             stats.prompt_tokens, stats.prefill_seconds, stats.new_tokens, decode_speed,
              report::FormatBytes(static_cast<double>(stats.peak_kv_bytes)),
              attendance.pairs > 0 ? fmt::format("; {} of tokens attended in routed layers",
                                                 report::FormatPercent(attendance.Share()))
@@ -197,7 +207,7 @@ void Generate(Options& options) {
   if (options.speculate.draft_layers > 0) {
     PrintStats(drafts);
   } else {
-    PrintStats(stats, model.config, results);
+    PrintStats(stats, model.config, results, options.json);
   }
 }
 

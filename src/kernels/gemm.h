@@ -28,5 +28,7 @@ void AddBias(const float* bias, int64_t rows, int64_t width, float* y, int64_t l
 /// Computes a block of a product with quantized weights, on the target in force. (gemm_quant.cc)
 using GemmBlockFn = void (*)(const GemmArgs& args, const GemmBlock& block);
 GemmBlockFn QuantGemmBlock();
+/// Whether AVX-512's dot product of bytes may be used (it is, where the CPU has it); for tests.
+void AllowVnni(bool allowed);
 
 }  // namespace detour::kernels

@@ -8,8 +8,11 @@
 #include <hwy/highway.h>
 // clang-format on
 
+#include <hwy/cache_control.h>
+
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <utility>
@@ -19,226 +22,50 @@
 #include "kernels/math-inl.h"
 #include "kernels/scratch.h"
 
-#ifndef DETOUR_KERNELS_GEMM_QUANT_ONCE
-#define DETOUR_KERNELS_GEMM_QUANT_ONCE
-namespace detour::kernels {
-
-/// A block of a row of x. Pairs of 16-bit numbers, input 4 g + i being q[g][i]: even[g] holds
-/// q[g][0] and q[g][2], odd[g] q[g][1] and q[g][3].
-struct QuantizedBlock {
-  int32_t even[8], odd[8];
-  int32_t sum;
-  float scale;
-};
-
-}  // namespace detour::kernels
-#endif  // DETOUR_KERNELS_GEMM_QUANT_ONCE
-
 HWY_BEFORE_NAMESPACE();
 namespace detour::kernels {
 namespace HWY_NAMESPACE {
 
-using DI = hn::RebindToSigned<D>;
-using D16 = hn::Repartition<int16_t, D>;
-using DU16 = hn::Repartition<uint16_t, D>;
-using DU8 = hn::Repartition<uint8_t, D>;
-using VI = hn::Vec<DI>;
-using V16 = hn::Vec<D16>;
-inline constexpr DI di{};
-inline constexpr D16 d16{};
-inline constexpr DU16 du16{};
-inline constexpr DU8 du8{};
-
-// Integer and float accumulators of 6 × 2 vectors fill AVX-512's registers, of 2 × 2 AVX2's.
-constexpr int kQuantRows = kLanes == 16 ? 6 : 2;
-constexpr int kQuantVectors = 2;
-
-/// The four inputs of a group, of kLanes outputs: 0 and 2 beside each other, and 1 and 3.
-struct Group {
-  V16 even, odd;
-};
-
-HWY_INLINE hn::Vec<DU16> LoadWords(const std::byte* p) {
-  return hn::BitCast(du16, hn::LoadU(du8, reinterpret_cast<const uint8_t*>(p)));
-}
-
-/// Group `g` of a block, of the outputs from `lane` of the panel.
-template <WeightFormat kFormat>
-HWY_INLINE Group LoadGroup(const std::byte* block, int g, int64_t lane) {
-  if constexpr (kFormat == WeightFormat::kQ8) {
-    const auto words = LoadWords(block + (g * kPanel + lane) * 4);
-    return {hn::ShiftRight<8>(hn::BitCast(d16, hn::ShiftLeft<8>(words))),
-            hn::ShiftRight<8>(hn::BitCast(d16, words))};
-  } else {
-    const auto words = LoadWords(block + (g / 2 * kPanel + lane) * 4);
-    const auto low = hn::Set(du16, 0x000F);
-    if (g % 2 == 0) {
-      return {hn::BitCast(d16, hn::And(words, low)),
-              hn::BitCast(d16, hn::And(hn::ShiftRight<8>(words), low))};
-    }
-    return {hn::BitCast(d16, hn::And(hn::ShiftRight<4>(words), low)),
-            hn::BitCast(d16, hn::ShiftRight<12>(words))};
-  }
-}
-
-HWY_INLINE V LoadHalves(const std::byte* p) {
-  const hn::Rebind<hwy::float16_t, D> half;
-  return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(p)));
-}
-
-constexpr int64_t NumberBytes(WeightFormat format) {
-  return kPanel * (format == WeightFormat::kQ8 ? 32 : 16);
-}
-constexpr int64_t BlockBytes(WeightFormat format) {
-  return NumberBytes(format) + kPanel * (format == WeightFormat::kQ4Min ? 4 : 2);
-}
-
-/// y[r][0, 2 · kLanes) = x W for kRows rows; `lane` is the first output in its panel.
-template <WeightFormat kFormat, int kRows>
-void QuantTile(const QuantizedBlock* x, int64_t num_blocks, const std::byte* panel, int64_t lane,
-               float* y, int64_t ldy) {
-  V acc[kRows][kQuantVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kQuantVectors; ++v) acc[r][v] = hn::Zero(d);
-  }
-  for (int64_t b = 0; b < num_blocks; ++b, panel += BlockBytes(kFormat)) {
-    const QuantizedBlock* block = x + b;
-    VI dot[kRows][kQuantVectors];
-    for (int r = 0; r < kRows; ++r) {
-      const int32_t from = kFormat == WeightFormat::kQ4 ? -8 * block[r * num_blocks].sum : 0;
-      for (int v = 0; v < kQuantVectors; ++v) dot[r][v] = hn::Set(di, from);
-    }
-    HWY_UNROLL(8)
-    for (int g = 0; g < 8; ++g) {
-      Group w[kQuantVectors];
-      for (int v = 0; v < kQuantVectors; ++v)
-        w[v] = LoadGroup<kFormat>(panel, g, lane + v * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const V16 even = hn::BitCast(d16, hn::Set(di, block[r * num_blocks].even[g]));
-        const V16 odd = hn::BitCast(d16, hn::Set(di, block[r * num_blocks].odd[g]));
-        for (int v = 0; v < kQuantVectors; ++v) {
-          VI unused = hn::Zero(di);
-          dot[r][v] = hn::ReorderWidenMulAccumulate(di, w[v].even, even, dot[r][v], unused);
-          dot[r][v] = hn::ReorderWidenMulAccumulate(di, w[v].odd, odd, dot[r][v], unused);
-        }
-      }
-    }
-    const std::byte* scales = panel + NumberBytes(kFormat) + lane * 2;
-    for (int v = 0; v < kQuantVectors; ++v) {
-      const V scale = LoadHalves(scales + v * kLanes * 2);
-      for (int r = 0; r < kRows; ++r) {
-        const V s = hn::Mul(hn::Set(d, block[r * num_blocks].scale), scale);
-        acc[r][v] = hn::MulAdd(hn::ConvertTo(d, dot[r][v]), s, acc[r][v]);
-      }
-      if constexpr (kFormat == WeightFormat::kQ4Min) {
-        const V min = LoadHalves(scales + (kPanel + v * kLanes) * 2);
-        for (int r = 0; r < kRows; ++r) {
-          const QuantizedBlock& q = block[r * num_blocks];
-          const V s = hn::Mul(hn::Set(d, q.scale), min);
-          acc[r][v] = hn::MulAdd(hn::Set(d, static_cast<float>(q.sum)), s, acc[r][v]);
-        }
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kQuantVectors; ++v) hn::StoreU(acc[r][v], d, y + r * ldy + v * kLanes);
-  }
-}
-
-/// Inputs [0, n) of a block, n <= 32; the others are 0.
-void QuantizeBlock(const float* x, int64_t n, QuantizedBlock* to) {
-  alignas(64) float whole[kQuantBlock] = {};
-  std::memcpy(whole, x, n * sizeof(float));
-  // The bits of |x| as integers: a NaN is the largest of all.
-  VI largest = hn::Zero(di);
-  const VI magnitude = hn::Set(di, 0x7fffffff);
-  for (int64_t i = 0; i < kQuantBlock; i += kLanes) {
-    const VI bits = hn::And(hn::BitCast(di, hn::Load(d, whole + i)), magnitude);
-    largest = hn::Max(largest, bits);
-  }
-  const int32_t top = hn::GetLane(hn::MaxOfLanes(di, largest));
-  const float max = std::bit_cast<float>(top);
-  const bool finite = top < 0x7f800000;
-  const float inverse = finite && max > 0 ? 127.0f / max : 0.0f;
-  alignas(64) int32_t q[kQuantBlock];
-  VI sum = hn::Zero(di);
-  for (int64_t i = 0; i < kQuantBlock; i += kLanes) {
-    const V scaled = hn::Mul(hn::Load(d, whole + i), hn::Set(d, inverse));
-    const VI nearest = finite ? hn::NearestInt(scaled) : hn::Zero(di);
-    hn::Store(nearest, di, q + i);
-    sum = hn::Add(sum, nearest);
-  }
-  for (int g = 0; g < 8; ++g) {
-    const auto pair = [&](int low, int high) {
-      return static_cast<int32_t>(static_cast<uint32_t>(q[4 * g + high]) << 16 |
-                                  (static_cast<uint32_t>(q[4 * g + low]) & 0xffffu));
-    };
-    to->even[g] = pair(0, 2);
-    to->odd[g] = pair(1, 3);
-  }
-  to->sum = hn::GetLane(hn::SumOfLanes(di, sum));
-  to->scale = finite ? max / 127.0f : std::numeric_limits<float>::quiet_NaN();
-}
-
-using QuantTileFn = decltype(&QuantTile<WeightFormat::kQ8, 1>);
-
-template <WeightFormat kFormat, int... kRows>
-constexpr std::array<QuantTileFn, kQuantRows> QuantTiles(std::integer_sequence<int, kRows...>) {
-  return {&QuantTile<kFormat, kRows + 1>...};
-}
-template <WeightFormat kFormat>
-constexpr auto kQuantTiles = QuantTiles<kFormat>(std::make_integer_sequence<int, kQuantRows>());
-
-const std::array<QuantTileFn, kQuantRows>& QuantTilesOf(WeightFormat format) {
-  if (format == WeightFormat::kQ8) return kQuantTiles<WeightFormat::kQ8>;
-  if (format == WeightFormat::kQ4) return kQuantTiles<WeightFormat::kQ4>;
-  return kQuantTiles<WeightFormat::kQ4Min>;
-}
-
-void RunQuantGemmBlock(const GemmArgs& args, const GemmBlock& block) {
-  const PackedMatrix& w = *args.w;
-  const auto& tiles = QuantTilesOf(w.format());
-  const int64_t num_rows = block.row_end - block.row_begin;
-  const int64_t num_blocks = (w.num_inputs() + kQuantBlock - 1) / kQuantBlock;
-  auto* x = reinterpret_cast<QuantizedBlock*>(
-      ScratchFloats(num_rows * num_blocks * sizeof(QuantizedBlock) / sizeof(float)));
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const float* from = args.x + (block.row_begin + r) * args.ldx;
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      QuantizeBlock(from + b * kQuantBlock, std::min(kQuantBlock, w.num_inputs() - b * kQuantBlock),
-                    x + r * num_blocks + b);
-    }
-  }
-  constexpr int64_t kWidth = kQuantVectors * kLanes;
-  const int64_t num_tiles = (num_rows + kQuantRows - 1) / kQuantRows;
-  const int64_t end = std::min(block.panel_end * kPanel, w.num_outputs());
-  for (int64_t column = block.panel_begin * kPanel; column < end; column += kWidth) {
-    const std::byte* panel = w.data() + column / kPanel * w.PanelBytes();
-    const int64_t used = std::min(kWidth, end - column);
-    // A panel stays in the cache while the row tiles pass over it.
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      const int64_t r = num_rows * t / num_tiles, rows = num_rows * (t + 1) / num_tiles - r;
-      float* y = args.y + (block.row_begin + r) * args.ldy + column;
-      alignas(64) float whole[kQuantRows * kWidth];
-      const bool all = used == kWidth;
-      tiles[rows - 1](x + r * num_blocks, num_blocks, panel, column % kPanel, all ? y : whole,
-                      all ? args.ldy : kWidth);
-      for (int64_t i = 0; !all && i < rows; ++i) {
-        std::copy_n(whole + i * kWidth, used, y + i * args.ldy);
-      }
-      if (args.bias) AddBias(args.bias + column, rows, used, y, args.ldy);
-    }
-  }
-}
+#define DETOUR_QUANT_VNNI 0
+#include "kernels/gemm_quant-inl.h"
+#undef DETOUR_QUANT_VNNI
 
 }  // namespace HWY_NAMESPACE
 }  // namespace detour::kernels
 HWY_AFTER_NAMESPACE();
 
+#if HWY_TARGET == HWY_AVX3
+// The same once more with VNNI, which not every CPU with AVX-512 has.
+HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR_AVX3 ",avx512vnni")
+namespace detour::kernels {
+namespace HWY_NAMESPACE {
+namespace vnni {
+
+#define DETOUR_QUANT_VNNI 1
+#include "kernels/gemm_quant-inl.h"
+#undef DETOUR_QUANT_VNNI
+
+}  // namespace vnni
+}  // namespace HWY_NAMESPACE
+}  // namespace detour::kernels
+HWY_POP_ATTRIBUTES
+#endif
+
 #if HWY_ONCE
 namespace detour::kernels {
+namespace {
 
-GemmBlockFn QuantGemmBlock() { return DETOUR_DISPATCH(RunQuantGemmBlock); }
+std::atomic<bool> use_vnni{true};
+
+}  // namespace
+
+void AllowVnni(bool allowed) { use_vnni = allowed; }
+
+GemmBlockFn QuantGemmBlock() {
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+  if (UseAvx512() && has_vnni && use_vnni) return N_AVX3::vnni::RunQuantGemmBlock;
+  return DETOUR_DISPATCH(RunQuantGemmBlock);
+}
 
 }  // namespace detour::kernels
 #endif  // HWY_ONCE

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "core/half.h"
-#include "core/op_counter.h"
+#include "kernels/gemm.h"
 #include "kernels/reference.h"
 #include "kernels/test_util.h"
 
@@ -68,6 +68,12 @@ void ExpectExact(const Case& c) {
     EXPECT_TRUE(SameBits(c.Run(false), plain));
     EXPECT_TRUE(SameBits(c.Run(true), with_bias));
   });
+  if (!HaveAvx512()) return;
+  // As on a CPU without the dot product of bytes.
+  AllowVnni(false);
+  EXPECT_TRUE(SameBits(c.Run(true), with_bias));
+  AllowVnni(true);
+  SetSimd(Simd::kAuto);
 }
 
 TEST(GemmQuant, EqualsReference) {
