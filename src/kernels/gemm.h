@@ -7,6 +7,14 @@ namespace detour::kernels {
 
 inline constexpr int64_t kPanel = 32;  // outputs of a panel
 
+/// Bytes of one block of a panel: its numbers, and all with scales and minima.
+constexpr int64_t QuantNumberBytes(WeightFormat format) {
+  return kPanel * (format == WeightFormat::kQ8 ? 32 : 16);
+}
+constexpr int64_t QuantBlockBytes(WeightFormat format) {
+  return QuantNumberBytes(format) + kPanel * (format == WeightFormat::kQ4Min ? 4 : 2);
+}
+
 /// The arguments of one Gemm call.
 struct GemmArgs {
   const float* x;

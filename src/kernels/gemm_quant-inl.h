@@ -105,13 +105,6 @@ HWY_INLINE V LoadHalves(const std::byte* p) {
   return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(p)));
 }
 
-constexpr int64_t NumberBytes(WeightFormat format) {
-  return kPanel * (format == WeightFormat::kQ8 ? 32 : 16);
-}
-constexpr int64_t BlockBytes(WeightFormat format) {
-  return NumberBytes(format) + kPanel * (format == WeightFormat::kQ4Min ? 4 : 2);
-}
-
 /// What the numbers that LoadGroup gives are too large by.
 constexpr int32_t OffsetOf(WeightFormat format) {
   return format == WeightFormat::kQ8 ? kQ8Offset : format == WeightFormat::kQ4 ? 8 : 0;
@@ -125,11 +118,12 @@ void QuantTile(const QuantizedBlock* x, int64_t num_blocks, const std::byte* pan
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kQuantVectors; ++v) acc[r][v] = hn::Zero(d);
   }
-  for (int64_t b = 0; b < num_blocks; ++b, panel += BlockBytes(kFormat)) {
+  for (int64_t b = 0; b < num_blocks; ++b, panel += QuantBlockBytes(kFormat)) {
     const QuantizedBlock* block = x + b;
     const std::byte* lanes = panel + lane * 4;
     if constexpr (kRows <= 2) {
-      for (int64_t at = 0; at < BlockBytes(kFormat); at += 64) hwy::Prefetch(panel + kAhead + at);
+      for (int64_t at = 0; at < QuantBlockBytes(kFormat); at += 64)
+        hwy::Prefetch(panel + kAhead + at);
     }
     VI dot[kRows][kQuantVectors];
     for (int r = 0; r < kRows; ++r) {
@@ -146,7 +140,7 @@ void QuantTile(const QuantizedBlock* x, int64_t num_blocks, const std::byte* pan
         }
       }
     }
-    const std::byte* scales = panel + NumberBytes(kFormat) + lane * 2;
+    const std::byte* scales = panel + QuantNumberBytes(kFormat) + lane * 2;
     for (int v = 0; v < kQuantVectors; ++v) {
       const V scale = LoadHalves(scales + v * kLanes * 2);
       for (int r = 0; r < kRows; ++r) {

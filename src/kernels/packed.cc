@@ -31,11 +31,6 @@ uint16_t ToHalf(float x) {
   return half;
 }
 
-/// Bytes of one block of a panel: numbers, then scales and minima.
-int64_t NumberBytes(WeightFormat f) { return kPanel * (HasHalves(f) ? 16 : 32); }
-int64_t BlockBytes(WeightFormat f) {
-  return NumberBytes(f) + kPanel * (f == WeightFormat::kQ4Min ? 4 : 2);
-}
 int64_t NumBlocks(int64_t num_inputs) { return (num_inputs + kQuantBlock - 1) / kQuantBlock; }
 
 /// Where number i of lane m of a block is, and by how much it is shifted.
@@ -89,7 +84,7 @@ void StoreBlock(WeightFormat f, const QuantBlock& from, int64_t m, std::byte* bl
     const Place place = PlaceOf(f, m, i);
     block[place.byte] |= static_cast<std::byte>(static_cast<uint8_t>(from.q[i]) << place.shift);
   }
-  std::byte* scales = block + NumberBytes(f);
+  std::byte* scales = block + QuantNumberBytes(f);
   std::memcpy(scales + m * 2, &from.scale, 2);
   if (f == WeightFormat::kQ4Min) std::memcpy(scales + (kPanel + m) * 2, &from.min, 2);
 }
@@ -101,7 +96,7 @@ QuantBlock LoadBlock(WeightFormat f, int64_t m, const std::byte* block) {
     const auto byte = static_cast<uint8_t>(block[place.byte]);
     to.q[i] = static_cast<int8_t>(HasHalves(f) ? byte >> place.shift & 15 : byte);
   }
-  const std::byte* scales = block + NumberBytes(f);
+  const std::byte* scales = block + QuantNumberBytes(f);
   std::memcpy(&to.scale, scales + m * 2, 2);
   if (f == WeightFormat::kQ4Min) std::memcpy(&to.min, scales + (kPanel + m) * 2, 2);
   return to;
@@ -136,7 +131,7 @@ WeightFormat ParseWeightFormat(const std::string& name) {
 void PackedMatrix::Free::operator()(std::byte* p) const { std::free(p); }
 
 int64_t PackedMatrix::PanelBytes() const {
-  if (IsQuantized(format_)) return NumBlocks(num_inputs_) * BlockBytes(format_);
+  if (IsQuantized(format_)) return NumBlocks(num_inputs_) * QuantBlockBytes(format_);
   return num_inputs_ * kPanel * (format_ == WeightFormat::kF32 ? 4 : 2);
 }
 
@@ -188,7 +183,7 @@ void PackedMatrix::PackBlocks(WeightFormat format, int64_t num_outputs, int64_t 
   DETOUR_CHECK(IsQuantized(format));
   Allocate(num_outputs, num_inputs, format);
   const int64_t num_panels = (num_outputs + kPanel - 1) / kPanel;
-  const int64_t num_blocks = NumBlocks(num_inputs), block_bytes = BlockBytes(format);
+  const int64_t num_blocks = NumBlocks(num_inputs), block_bytes = QuantBlockBytes(format);
   ParallelFor(0, num_panels, 1, [&](int64_t panel_begin, int64_t panel_end) {
     std::vector<QuantBlock> row(num_blocks);
     for (int64_t p = panel_begin; p < panel_end; ++p) {
@@ -208,7 +203,7 @@ void PackedMatrix::CopyBlocks(int64_t m, QuantBlock* row) const {
   DETOUR_CHECK(IsQuantized(format_) && m >= 0 && m < num_outputs_, "{} of {}", m, num_outputs_);
   const std::byte* panel = data_.get() + m / kPanel * PanelBytes();
   for (int64_t b = 0; b < NumBlocks(num_inputs_); ++b) {
-    row[b] = LoadBlock(format_, m % kPanel, panel + b * BlockBytes(format_));
+    row[b] = LoadBlock(format_, m % kPanel, panel + b * QuantBlockBytes(format_));
   }
 }
 
@@ -225,7 +220,7 @@ void PackedMatrix::CopyRow(int64_t m, float* row) const {
     } else {
       const int64_t i = k % kQuantBlock;
       if (i == 0)
-        block = LoadBlock(format_, m % kPanel, panel + k / kQuantBlock * BlockBytes(format_));
+        block = LoadBlock(format_, m % kPanel, panel + k / kQuantBlock * QuantBlockBytes(format_));
       row[k] = Dequantize(format_, block, i);
     }
   }
