@@ -128,7 +128,7 @@ void Route(Options options) {
   fmt::print("{}: method {}, {} of {} layers routed, {} parameters in routers ({:.2f} %)\n",
              options.out, MethodName(model.config), RoutedLayers(model.config).size(),
              model.config.num_layers, report::FormatCount(routers), 100 * routers / all);
-  if (unopened > 0) {
+  if (unopened > 0 && routers > 0) {
     fmt::print(
         "note: {} routers of this method cannot be set to let every token in: the model starts "
         "away from the dense one\n",
@@ -137,8 +137,9 @@ void Route(Options options) {
   if (!fitted.empty()) PrintFit(fitted);
   if (!options.data.empty()) PrintStart(options, model);
   fmt::print(
-      "next: detour train --init-from {} --teacher {} --train router{} --data DIR --out-dir DIR\n",
-      options.out, c.init_from, train::HasShiftableRouter(model) ? " --target-share SHARE" : "");
+      "next: detour train --init-from {} --teacher {} --train {}{} --data DIR --out-dir DIR\n",
+      options.out, c.init_from, routers > 0 ? "router" : "lora",
+      train::HasShiftableRouter(model) ? " --target-share SHARE" : "");
 }
 
 }  // namespace
