@@ -176,7 +176,7 @@ void QuantizeBlock(const float* x, int64_t n, QuantizedBlock* to) {
   const int32_t top = hn::GetLane(hn::MaxOfLanes(di, largest));
   const float max = std::bit_cast<float>(top);
   const bool finite = top < 0x7f800000;
-  const float inverse = finite && max > 0 ? 127.0f / max : 0.0f;
+  const float inverse = finite && max >= kLeastQuantized ? 127.0f / max : 0.0f;
   alignas(64) int32_t q[kQuantBlock];
   VI sum = hn::Zero(di);
   for (int64_t i = 0; i < kQuantBlock; i += kLanes) {

@@ -51,6 +51,8 @@ inline bool IsQuantized(WeightFormat format) { return format >= WeightFormat::kQ
 
 /// Inputs that share a scale in the formats kQ8, kQ4, kQ4Min.
 inline constexpr int64_t kQuantBlock = 32;
+/// Blocks of x below this are zeros: 127 / x would be no number.
+inline constexpr float kLeastQuantized = 0x1p-120f;
 /// One output's weights of one block; scale and min are f16 bits. Missing inputs are 0 (kQ4: 8).
 struct QuantBlock {
   uint16_t scale = 0, min = 0;

@@ -59,10 +59,11 @@ void GemmQuant(const float* x, int64_t ldx, int64_t num_rows, const QuantBlock* 
           if (std::isnan(max)) break;
         }
         scale = max / 127.0f;
-        const float inverse = max > 0 ? 127.0f / max : 0.0f;
+        const float inverse = max >= kLeastQuantized ? 127.0f / max : 0.0f;
         int32_t dot = 0, sum = 0;
         for (int64_t i = 0; i < count; ++i) {
-          const int32_t q = static_cast<int32_t>(std::nearbyint(block[i] * inverse));
+          const int32_t q =
+              inverse > 0 ? static_cast<int32_t>(std::nearbyint(block[i] * inverse)) : 0;
           dot += q * (weights.q[i] - (format == WeightFormat::kQ4 ? 8 : 0));
           sum += q;
         }
