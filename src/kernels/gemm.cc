@@ -104,6 +104,25 @@ struct GemmStep {
   }
 };
 
+/// Inputs [begin, begin + depth) of some rows, to rows of kXStride.
+void CopyInputs(const GemmArgs& args, int64_t row, int64_t num_rows, int64_t begin, int64_t depth,
+                float* to) {
+  if (!args.form.transposed) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      std::memcpy(to + r * kXStride, args.x + (row + r) * args.ldx + begin, depth * sizeof(float));
+    }
+    return;
+  }
+  // 16 rows at a time: a cache line of each input is read whole.
+  for (int64_t r = 0; r < num_rows; r += 16) {
+    const int64_t r_end = std::min(r + 16, num_rows);
+    for (int64_t k = 0; k < depth; ++k) {
+      const float* from = args.x + (begin + k) * args.ldx + row;
+      for (int64_t i = r; i < r_end; ++i) to[i * kXStride + k] = from[i];
+    }
+  }
+}
+
 template <class Weight>
 void RunBlock(const GemmArgs& args, const GemmBlock& block) {
   const int64_t num_rows = block.row_end - block.row_begin;
@@ -113,11 +132,9 @@ void RunBlock(const GemmArgs& args, const GemmBlock& block) {
   float* x = ScratchFloats(num_rows * kXStride);
   for (int64_t s = 0; s < num_steps; ++s) {
     const int64_t begin = num_inputs * s / num_steps, end = num_inputs * (s + 1) / num_steps;
-    const GemmStep<Weight> step{&args, begin, end - begin, s == 0, s + 1 == num_steps};
-    for (int64_t r = 0; r < num_rows; ++r) {
-      std::memcpy(x + r * kXStride, args.x + (block.row_begin + r) * args.ldx + begin,
-                  (end - begin) * sizeof(float));
-    }
+    const GemmStep<Weight> step{&args, begin, end - begin, s == 0 && !args.form.add,
+                                s + 1 == num_steps};
+    CopyInputs(args, block.row_begin, num_rows, begin, end - begin, x);
     if (num_tiles == 1) {
       step.Run(x, block.row_begin, num_rows, block.panel_begin, block.panel_end);
       continue;
@@ -153,13 +170,20 @@ void AddBias(const float* bias, int64_t rows, int64_t width, float* y, int64_t l
   }
 }
 
-void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, const float* bias,
-          float* y, int64_t ldy) {
-  DETOUR_CHECK(w.data() && ldx >= w.num_inputs() && ldy >= w.num_outputs(),
-               "W [{}, {}], strides {} and {}", w.num_outputs(), w.num_inputs(), ldx, ldy);
+namespace {
+
+int64_t GemmFlops(int64_t num_rows, const PackedMatrix& w) {
+  return 2 * num_rows * w.num_outputs() * w.num_inputs();
+}
+
+void RunGemm(const GemmArgs& args, int64_t num_rows) {
+  const PackedMatrix& w = *args.w;
+  DETOUR_CHECK(w.data() && args.ldx >= (args.form.transposed ? num_rows : w.num_inputs()) &&
+                   args.ldy >= w.num_outputs(),
+               "W [{}, {}], strides {} and {}", w.num_outputs(), w.num_inputs(), args.ldx,
+               args.ldy);
   if (num_rows == 0) return;
-  const int64_t flops = 2 * num_rows * w.num_outputs() * w.num_inputs();
-  GlobalOpCounter().gemm_flops.fetch_add(flops, std::memory_order_relaxed);
+  const int64_t flops = GemmFlops(num_rows, w);
 
   // A row block's operand fits a 256 KB share of the second-level cache. Enough blocks for the
   // threads: of rows where there are many, else of panels; none so small that waking a thread costs
@@ -172,7 +196,6 @@ void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, 
     panel_groups = std::min({num_panels, (4 * NumThreads() + row_blocks - 1) / row_blocks,
                              std::max<int64_t>(1, flops / row_blocks / kMinBlockFlops)});
   }
-  const GemmArgs args{x, ldx, &w, bias, y, ldy};
   const auto run = IsQuantized(w.format()) ? QuantGemmBlock() : DETOUR_DISPATCH(RunGemmBlock);
   ParallelFor(0, row_blocks * panel_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -181,6 +204,20 @@ void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, 
                  num_panels * g / panel_groups, num_panels * (g + 1) / panel_groups});
     }
   });
+}
+
+}  // namespace
+
+void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, const float* bias,
+          float* y, int64_t ldy) {
+  RunGemm({x, ldx, &w, bias, y, ldy}, num_rows);
+  GlobalOpCounter().gemm_flops.fetch_add(GemmFlops(num_rows, w), std::memory_order_relaxed);
+}
+
+void GemmBackward(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w,
+                  GemmForm form, float* y, int64_t ldy) {
+  DETOUR_CHECK(!IsQuantized(w.format()));
+  RunGemm({x, ldx, &w, nullptr, y, ldy, form}, num_rows);
 }
 
 }  // namespace detour::kernels

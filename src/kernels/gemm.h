@@ -23,6 +23,7 @@ struct GemmArgs {
   const float* bias;
   float* y;
   int64_t ldy;
+  GemmForm form = {};
 };
 
 /// A block of the outputs: rows and panels.

@@ -66,12 +66,14 @@ struct QuantBlock {
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  /// Copies row-major W [M,K] with row stride `ldw`. Cost: M·K reads and writes. Reuses the buffer
-  /// if shape and format are equal. Quantized as GGUF does: scale = f16(largest |w| / 127), q8;
-  /// f16(w of largest magnitude / −8), q4; f16((max − min) / 15), q4min; by nearest q.
+  /// Copies row-major W [M,K] with row stride `ldw`. Cost: M·K reads and writes. Keeps a buffer
+  /// that is large enough. Quantized as GGUF does: scale = f16(largest |w| / 127), q8; f16(w of
+  /// largest magnitude / −8), q4; f16((max − min) / 15), q4min; by nearest q.
   /// Error("weights.range") if a scale does not fit f16.
   void Pack(const float* w, int64_t num_outputs, int64_t num_inputs, int64_t ldw,
             WeightFormat format = WeightFormat::kF32);
+  /// The same in f32 of row-major Wᵀ [K,M] with row stride `ldw`.
+  void PackTransposed(const float* w_KM, int64_t num_outputs, int64_t num_inputs, int64_t ldw);
   /// Weights that are quantized already: blocks_of(m, row) fills the ceil(K/32) blocks of output m;
   /// called from several threads.
   void PackBlocks(WeightFormat format, int64_t num_outputs, int64_t num_inputs,
@@ -92,7 +94,7 @@ class PackedMatrix {
     void operator()(std::byte* p) const;
   };
   void Allocate(int64_t num_outputs, int64_t num_inputs, WeightFormat format);
-  int64_t num_outputs_ = 0, num_inputs_ = 0;
+  int64_t num_outputs_ = 0, num_inputs_ = 0, capacity_ = 0;
   WeightFormat format_ = WeightFormat::kF32;
   std::unique_ptr<std::byte[], Free> data_;
 };
@@ -105,6 +107,15 @@ class PackedMatrix {
 /// NaN.
 void Gemm(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w, const float* bias,
           float* y, int64_t ldy);
+
+/// A product of a backward pass: as Gemm, but x may be [K,N], and y may be added to (its sums then
+/// begin at y instead of +0). W is not quantized. The op counter, which counts forward passes,
+/// stays.
+struct GemmForm {
+  bool transposed = false, add = false;
+};
+void GemmBackward(const float* x, int64_t ldx, int64_t num_rows, const PackedMatrix& w,
+                  GemmForm form, float* y, int64_t ldy);
 
 // --- Attention over pages
 
@@ -167,6 +178,31 @@ struct AttendSegment {
 /// (fewer for fewer queries). Adds 4·K·H per visited (row, key) to the op counter.
 void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
             std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH);
+
+/// Query rows [row_begin, row_begin + num_rows) among a table of entries, of which entry e is row
+/// `entries`[e] of k and v (null: first_entry + e). Row i sees entries [0, first_limit + i), or
+/// with `views` those of views[i].
+struct AttendGradSegment {
+  int64_t row_begin = 0, num_rows = 0, num_entries = 0, first_entry = 0, first_limit = 0;
+  const int32_t* entries = nullptr;
+  const RowView* views = nullptr;
+
+  int64_t Entry(int64_t e) const { return entries ? entries[e] : first_entry + e; }
+  RowView View(int64_t i) const { return views ? views[i] : RowView{0, 0, first_limit + i}; }
+};
+/// q, out, dout, dq [R, H·K]; k, v, dk, dv [W, G·K]; lse [R, H]; all rows contiguous.
+struct AttendGradArgs {
+  int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  float scale = 1;
+  const float *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr, *lse_RH = nullptr,
+              *dout = nullptr;
+  float *dq = nullptr, *dk = nullptr, *dv = nullptr;
+};
+/// Gradients of Attend, whose results `out` and `lse` are: dq of the segments' rows is overwritten,
+/// dk and dv are added to. Every sum has one order, whatever runs it. Costs 10·K·H per (row, entry)
+/// of the panels of 32 entries that a block of up to 96 rows sees, and memory of 2·H + 3·G copies
+/// of the entries of a segment. Not counted.
+void AttendBackward(const AttendGradArgs& args, std::span<const AttendGradSegment> segments);
 
 // --- Rows
 

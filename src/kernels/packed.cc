@@ -139,13 +139,12 @@ int64_t PackedMatrix::bytes() const { return (num_outputs_ + kPanel - 1) / kPane
 
 void PackedMatrix::Allocate(int64_t num_outputs, int64_t num_inputs, WeightFormat format) {
   DETOUR_CHECK(num_outputs >= 1 && num_inputs >= 1, "[{}, {}]", num_outputs, num_inputs);
-  if (data_ && num_outputs == num_outputs_ && num_inputs == num_inputs_ && format == format_) {
-    return;
-  }
-  data_.reset();
   num_outputs_ = num_outputs;
   num_inputs_ = num_inputs;
   format_ = format;
+  if (data_ && bytes() <= capacity_) return;
+  data_.reset();
+  capacity_ = bytes();
   data_.reset(reinterpret_cast<std::byte*>(AllocateFloats((bytes() + 3) / sizeof(float))));
 }
 
@@ -173,6 +172,25 @@ void PackedMatrix::Pack(const float* w, int64_t num_outputs, int64_t num_inputs,
         PackPanel(from, ldw, used, num_inputs, reinterpret_cast<float*>(to));
       } else {
         PackPanel(from, ldw, used, num_inputs, reinterpret_cast<uint16_t*>(to));
+      }
+    }
+  });
+}
+
+void PackedMatrix::PackTransposed(const float* w_KM, int64_t num_outputs, int64_t num_inputs,
+                                  int64_t ldw) {
+  DETOUR_CHECK(ldw >= num_outputs, "[{}, {}], stride {}", num_inputs, num_outputs, ldw);
+  Allocate(num_outputs, num_inputs, WeightFormat::kF32);
+  auto* panels = reinterpret_cast<float*>(data_.get());
+  const int64_t num_panels = (num_outputs + kPanel - 1) / kPanel;
+  const int64_t grain = std::max<int64_t>(16, (1 << 14) / num_outputs);
+  ParallelFor(0, num_inputs, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      for (int64_t p = 0; p < num_panels; ++p) {
+        const int64_t used = std::min(kPanel, num_outputs - p * kPanel);
+        float* to = panels + (p * num_inputs + k) * kPanel;
+        std::memcpy(to, w_KM + k * ldw + p * kPanel, used * sizeof(float));
+        std::fill(to + used, to + kPanel, 0.0f);
       }
     }
   });

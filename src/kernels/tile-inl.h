@@ -38,9 +38,10 @@ struct Tile {
     }
   }
 
-  /// acc_rv = fma(x[r·kStride + k], W_v[k·step], acc_rv) for k = 0, 1, … n−1, where W_v is the v-th
-  /// vector of the kPointers arrays in turn. `io` reads W: Whole, or Part of a single vector.
-  template <int kStride, int kPointers, class Weight, class Io>
+  /// acc_rv = fma(x[r·kStride + k·kDepthStride], W_v[k·step], acc_rv) for k = 0, 1, … n−1, where
+  /// W_v is the v-th vector of the kPointers arrays in turn. `io` reads W: Whole, or Part of a
+  /// single vector.
+  template <int kStride, int kPointers, int kDepthStride = 1, class Weight, class Io>
   HWY_INLINE void Accumulate(const float* x, int64_t n, const Weight* const* w, int64_t step,
                              const Io& io) {
     static_assert(kVectors % kPointers == 0);
@@ -52,7 +53,7 @@ struct Tile {
         right[v] = io.Load(w[v / kPer] + offset + v % kPer * kLanes);
       }
       for (int r = 0; r < kRows; ++r) {
-        const V left = hn::Set(d, x[r * kStride + k]);
+        const V left = hn::Set(d, x[r * kStride + k * kDepthStride]);
         for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(left, right[v], acc[r][v]);
       }
     }

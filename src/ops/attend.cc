@@ -1,7 +1,6 @@
 #include "ops/attend.h"
 
 #include <ATen/ATen.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -62,46 +61,37 @@ at::Tensor SumGroups(const at::Tensor& x, int64_t num_kv_heads, int64_t head_dim
       .view({x.size(0), num_kv_heads * head_dim});
 }
 
-namespace {
-
-/// [rows, heads·K] -> [1, heads, rows, K], a view.
-at::Tensor Heads(const at::Tensor& x, int64_t head_dim) {
-  return x.view({1, x.size(0), x.size(1) / head_dim, head_dim}).transpose(1, 2);
+void AttentionGradients::Add(const std::vector<kernels::AttendGradSegment>& segments) {
+  const int64_t head_dim = k.size(1) / num_kv_heads, num_heads = q.size(1) / head_dim;
+  kernels::AttendBackward({.num_heads = num_heads,
+                           .num_kv_heads = num_kv_heads,
+                           .head_dim = head_dim,
+                           .scale = 1.0f / std::sqrt(static_cast<float>(head_dim)),
+                           .q = F32(q),
+                           .k = F32(k),
+                           .v = F32(v),
+                           .out = F32(out),
+                           .lse_RH = F32(lse),
+                           .dout = F32(dout),
+                           .dq = F32(dq),
+                           .dk = F32(dk),
+                           .dv = F32(dv)},
+                          segments);
 }
 
-/// [1, G, rows, K] -> [1, G·repeat, rows, K].
-at::Tensor RepeatHeads(const at::Tensor& x, int64_t repeat) {
-  return repeat == 1 ? x : x.repeat_interleave(repeat, 1);
-}
-
-}  // namespace
-
-void AttentionGradients::Square(int64_t b, int64_t e) {
-  const int64_t repeat = q.size(1) / k.size(1), head_dim = k.size(1) / num_kv_heads;
-  const auto heads = [&](const at::Tensor& t) { return Heads(t.slice(0, b, e), head_dim); };
-  auto [dq_h, dk_h, dv_h] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      heads(dout), heads(q), RepeatHeads(heads(k), repeat), RepeatHeads(heads(v), repeat),
-      heads(out), lse.slice(0, b, e).t().unsqueeze(0), /*dropout_p=*/0.0, /*is_causal=*/true);
-  const auto rows_of = [&](const at::Tensor& t) { return t.transpose(1, 2).reshape({e - b, -1}); };
-  dq.slice(0, b, e).copy_(rows_of(dq_h));
-  dk.slice(0, b, e).copy_(SumGroups(rows_of(dk_h), num_kv_heads, head_dim));
-  dv.slice(0, b, e).copy_(SumGroups(rows_of(dv_h), num_kv_heads, head_dim));
-}
-
-void AttentionGradients::Masked(int64_t b, int64_t e, int64_t begin, int64_t end,
-                                const SeenFn& seen) {
-  const int64_t m = e - b, n = end - begin, head_dim = k.size(1) / num_kv_heads;
+void AttentionGradients::Masked(int64_t b, int64_t e, int64_t begin, const at::Tensor& seen) {
+  const int64_t m = e - b, n = e - begin, head_dim = k.size(1) / num_kv_heads;
   const double scale = 1 / std::sqrt(static_cast<float>(head_dim));
   const auto queries = [&](const at::Tensor& t) {
     return QueryHeads(t, b, e, num_kv_heads, head_dim);
   };
-  const at::Tensor k_b = EntryHeads(k, begin, end, num_kv_heads);
-  const at::Tensor v_b = EntryHeads(v, begin, end, num_kv_heads);
+  const at::Tensor k_b = EntryHeads(k, begin, e, num_kv_heads);
+  const at::Tensor v_b = EntryHeads(v, begin, e, num_kv_heads);
   const at::Tensor q_b = queries(q), do_b = queries(dout);
   const at::Tensor lse_b = QueryHeads(lse, b, e, num_kv_heads, 1);
   at::Tensor p = at::bmm(q_b, k_b.transpose(1, 2)).mul_(scale).sub_(lse_b);
   // What a query does not see may exceed its maximum by far.
-  p.view({num_kv_heads, -1, m, n}).masked_fill_(seen(b, e, begin, end).logical_not(), -INFINITY);
+  p.view({num_kv_heads, -1, m, n}).masked_fill_(seen.logical_not(), -INFINITY);
   p.exp_();
   const at::Tensor delta = (do_b * queries(out)).sum(-1, true);
   const at::Tensor ds = at::bmm(do_b, v_b.transpose(1, 2)).sub_(delta).mul_(p).mul_(scale);
@@ -110,7 +100,7 @@ void AttentionGradients::Masked(int64_t b, int64_t e, int64_t begin, int64_t end
                               .permute({2, 0, 1, 3})
                               .reshape({m, -1}));
   const auto add = [&](at::Tensor& to, const at::Tensor& t) {
-    to.slice(0, begin, end).add_(t.transpose(0, 1).reshape({n, -1}));
+    to.slice(0, begin, e).add_(t.transpose(0, 1).reshape({n, -1}));
   };
   add(dk, at::bmm(ds.transpose(1, 2), q_b));
   add(dv, at::bmm(p.transpose(1, 2), do_b));
@@ -118,28 +108,22 @@ void AttentionGradients::Masked(int64_t b, int64_t e, int64_t begin, int64_t end
 
 namespace {
 
-struct SeenCapsule : torch::CustomClassHolder {
-  SeenFn seen;
+struct BackwardCapsule : torch::CustomClassHolder {
+  BackwardFn fill;
 };
 
-struct MixSeenFn : torch::autograd::Function<MixSeenFn> {
+struct MixRowsFn : torch::autograd::Function<MixRowsFn> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
                             const at::Tensor& v, const AttendShape& shape, const RunFn& run,
                             bool needs_backward) {
     at::Tensor out = at::empty_like(q), lse;
     if (needs_backward) lse = at::empty({q.size(0), shape.num_heads}, q.options());
-    auto capsule = c10::make_intrusive<SeenCapsule>();
-    capsule->seen = run(out, lse);
+    auto capsule = c10::make_intrusive<BackwardCapsule>();
+    capsule->fill = run(out, lse);
     if (!needs_backward) return out;
     DETOUR_CHECK(!shape.store, "gradients through a cache");
     ctx->save_for_backward({q, k, v, out, lse});
-    ctx->saved_data["seen"] = c10::IValue::make_capsule(std::move(capsule));
-    std::vector<int64_t> bounds;
-    for (const RoutedSegment& s : shape.segments) {
-      bounds.push_back(s.begin);
-      bounds.push_back(s.end);
-    }
-    ctx->saved_data["bounds"] = bounds;
+    ctx->saved_data["fill"] = c10::IValue::make_capsule(std::move(capsule));
     ctx->saved_data["kv_heads"] = shape.layout.num_kv_heads;
     return out;
   }
@@ -147,36 +131,26 @@ struct MixSeenFn : torch::autograd::Function<MixSeenFn> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor dout = grads[0].contiguous();
-    const auto capsule = ctx->saved_data["seen"].toCapsule();
-    const SeenFn& seen = static_cast<SeenCapsule*>(capsule.get())->seen;
     AttentionGradients g{saved[0],
                          saved[1],
                          saved[2],
                          saved[3],
                          saved[4],
                          dout,
-                         ctx->saved_data["kv_heads"].toInt(),
-                         at::empty_like(saved[0]),
-                         at::zeros_like(saved[1]),
-                         at::zeros_like(saved[2])};
-    const auto bounds = ctx->saved_data["bounds"].toIntVector();
-    for (size_t i = 0; i < bounds.size(); i += 2) {
-      for (int64_t b = bounds[i]; b < bounds[i + 1]; b += kBlockQueries) {
-        const int64_t e = std::min(b + kBlockQueries, bounds[i + 1]);
-        g.Masked(b, e, bounds[i], e, seen);
-      }
-    }
+                         ctx->saved_data["kv_heads"].toInt()};
+    const auto capsule = ctx->saved_data["fill"].toCapsule();
+    static_cast<BackwardCapsule*>(capsule.get())->fill(g);
     return {g.dq, g.dk, g.dv, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor MixSeen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+at::Tensor MixRows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                    const AttendShape& shape, const RunFn& run) {
   const bool needs_backward =
       at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad());
-  return MixSeenFn::apply(q, k, v, shape, run, needs_backward);
+  return MixRowsFn::apply(q, k, v, shape, run, needs_backward);
 }
 
 }  // namespace detour::ops

@@ -1,8 +1,7 @@
-// What the attention operations share: pages of one call, the kernel's call, and the backward pass
-// in blocks of queries.
+// What the attention operations share: pages of one call, and the kernels' calls.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
 
 #include <functional>
 #include <memory>
@@ -44,29 +43,27 @@ at::Tensor QueryHeads(const at::Tensor& t, int64_t b, int64_t e, int64_t num_kv_
                       int64_t head_dim);
 at::Tensor EntryHeads(const at::Tensor& t, int64_t begin, int64_t end, int64_t num_kv_heads);
 
-/// Which of the entries [begin, end) the queries [b, e) see: a mask that broadcasts to [G, H/G, e −
-/// b, end − begin].
-using SeenFn = std::function<at::Tensor(int64_t b, int64_t e, int64_t begin, int64_t end)>;
-
-/// Gradients of attention, per segment written into dq [R, H·K] and added to dk, dv [W, G·K].
+/// Gradients of attention: dq [R, H·K], dk and dv [W, G·K], zero at first.
 struct AttentionGradients {
   const at::Tensor &q, &k, &v, &out, &lse, &dout;
   int64_t num_kv_heads;
-  at::Tensor dq, dk, dv;
+  at::Tensor dq = at::zeros_like(q), dk = at::zeros_like(k), dv = at::zeros_like(v);
 
-  /// Queries [b, e) are the written rows [b, e), causal: libtorch's flash backward.
-  void Square(int64_t b, int64_t e);
-  /// Queries [b, e) among the entries [begin, end).
-  void Masked(int64_t b, int64_t e, int64_t begin, int64_t end, const SeenFn& seen);
+  /// kernels::AttendBackward.
+  void Add(const std::vector<kernels::AttendGradSegment>& segments);
+  /// Queries [b, e) among the entries [begin, e), those that `seen` says: a mask that broadcasts
+  /// to [G, H/G, e − b, e − begin]. By torch; costs as much for entries that are not seen.
+  void Masked(int64_t b, int64_t e, int64_t begin, const at::Tensor& seen);
 };
 
 /// Sum over each kv head's query heads: [rows, H·K] -> [rows, G·K].
 at::Tensor SumGroups(const at::Tensor& x, int64_t num_kv_heads, int64_t head_dim);
 
 /// Attention in which every row queries and writes: `run` fills out [N, H·K] and, if it is defined,
-/// lse [N, H], and says who saw what for the backward pass.
-using RunFn = std::function<SeenFn(at::Tensor& out, const at::Tensor& lse)>;
-at::Tensor MixSeen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+/// lse [N, H], and returns what fills the gradients.
+using BackwardFn = std::function<void(AttentionGradients& gradients)>;
+using RunFn = std::function<BackwardFn(at::Tensor& out, const at::Tensor& lse)>;
+at::Tensor MixRows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                    const AttendShape& shape, const RunFn& run);
 
 }  // namespace detour::ops

@@ -49,12 +49,23 @@ void AttendRows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v_W,
   RunAttend(args.shape, q, segments, out, lse);
 }
 
-/// Queries at written rows `rows`: each sees the entries up to its own.
-SeenFn SeesUpToItself(const int32_t* rows) {
-  return [rows](int64_t b, int64_t e, int64_t begin, int64_t end) {
-    const at::Tensor own = at::tensor(at::ArrayRef<int32_t>(rows + b, e - b)) - begin;
-    return at::arange(end - begin, at::kInt).unsqueeze(0).le(own.unsqueeze(1));
-  };
+/// What the queries saw of the rows [begin, end), which wrote: each the entries up to its own.
+void AddGradients(const at::Tensor& rows_R, int64_t begin, int64_t end, AttentionGradients& g) {
+  kernels::AttendGradSegment segment{.row_begin = begin,
+                                     .num_rows = end - begin,
+                                     .num_entries = end - begin,
+                                     .first_entry = begin,
+                                     .first_limit = 1};
+  if (g.q.size(0) == g.k.size(0)) return g.Add({segment});
+  const int32_t* rows = I32(rows_R);
+  const int32_t* const first = std::lower_bound(rows, rows + rows_R.size(0), begin);
+  const int32_t* const last = std::lower_bound(first, rows + rows_R.size(0), end);
+  std::vector<kernels::RowView> views;
+  for (const int32_t* row = first; row < last; ++row) views.push_back({0, 0, *row - begin + 1});
+  segment.row_begin = first - rows;
+  segment.num_rows = std::ssize(views);
+  segment.views = views.data();
+  g.Add({segment});
 }
 
 struct MixFn : torch::autograd::Function<MixFn> {
@@ -99,26 +110,10 @@ struct MixFn : torch::autograd::Function<MixFn> {
     const auto bounds = ctx->saved_data["bounds"].toIntVector();
     const int64_t num_kv_heads = heads[0], num_rows = heads[1];
     const at::Tensor dy = grads[0].contiguous();
-    const bool join = bypass_rows.defined(), square = q.size(0) == k.size(0);
+    const bool join = bypass_rows.defined();
     const at::Tensor dout = join ? dy.index_select(0, rows) : dy;
-    const auto zeros = [&](const at::Tensor& t) {
-      return square ? at::empty_like(t) : at::zeros_like(t);
-    };
-    AttentionGradients g{q,        k,        v_W,       saved[3], saved[4], dout, num_kv_heads,
-                         zeros(q), zeros(k), zeros(v_W)};
-    for (size_t i = 0; i < bounds.size(); i += 2) {
-      if (square) {
-        g.Square(bounds[i], bounds[i + 1]);
-        continue;
-      }
-      const int32_t* const row = I32(rows);
-      const int32_t* const last = row + rows.size(0);
-      const int64_t end = std::lower_bound(row, last, bounds[i + 1]) - row;
-      for (int64_t b = std::lower_bound(row, last, bounds[i]) - row; b < end; b += kBlockQueries) {
-        const int64_t e = std::min(b + kBlockQueries, end);
-        g.Masked(b, e, bounds[i], row[e - 1] + 1, SeesUpToItself(row));
-      }
-    }
+    AttentionGradients g{q, k, v_W, saved[3], saved[4], dout, num_kv_heads};
+    for (size_t i = 0; i < bounds.size(); i += 2) AddGradients(rows, bounds[i], bounds[i + 1], g);
     at::Tensor dv = g.dv;
     if (join) {
       dv = at::empty({num_rows, v_W.size(1)}, dy.options());

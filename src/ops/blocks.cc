@@ -107,21 +107,19 @@ void AttendChunk(const Chooser& chooser, const at::Tensor& q, int64_t begin, int
   RunAttend(shape, q, segments, out, lse);
 }
 
-/// Which entries of its document each query head chose. Without a store a row's entry is its place
-/// in the document.
-SeenFn SeenInBlocks(const at::Tensor& chosen_NHT, const BlockRule& rule, int64_t num_kv_heads) {
-  return [=, size = rule.size](int64_t b, int64_t e, int64_t begin, int64_t end) {
-    const at::Tensor chosen = chosen_NHT.slice(0, b, e);  // [m, H, top]
-    const at::Tensor block =
-        at::arange(end - begin, at::kInt).div(size, "floor").to(at::kInt).view({1, 1, -1});
-    at::Tensor seen = at::zeros({e - b, chosen.size(1), end - begin}, at::kBool);
-    for (int64_t t = 0; t < chosen.size(2); ++t) {
-      seen.logical_or_(chosen.select(2, t).unsqueeze(2).eq(block));
-    }
-    const at::Tensor rows = at::arange(b - begin, e - begin, at::kInt).view({-1, 1, 1});
-    seen.logical_and_(at::arange(end - begin, at::kInt).view({1, 1, -1}).le(rows));
-    return seen.view({e - b, num_kv_heads, -1, end - begin}).permute({1, 2, 0, 3});
-  };
+/// Which entries of its document, which begins at row `begin`, each head of the queries [b, e)
+/// chose. Without a store a row's entry is its place in the document.
+at::Tensor SeenInBlocks(const at::Tensor& chosen_NHT, const BlockRule& rule, int64_t num_kv_heads,
+                        int64_t b, int64_t e, int64_t begin) {
+  const at::Tensor chosen = chosen_NHT.slice(0, b, e);  // [m, H, top]
+  const at::Tensor entry = at::arange(e - begin, at::kInt).view({1, 1, -1});
+  const at::Tensor block = entry.div(rule.size, "floor").to(at::kInt);
+  at::Tensor seen = at::zeros({e - b, chosen.size(1), e - begin}, at::kBool);
+  for (int64_t t = 0; t < chosen.size(2); ++t) {
+    seen.logical_or_(chosen.select(2, t).unsqueeze(2).eq(block));
+  }
+  seen.logical_and_(entry.le(at::arange(b - begin, e - begin, at::kInt).view({-1, 1, 1})));
+  return seen.view({e - b, num_kv_heads, -1, e - begin}).permute({1, 2, 0, 3});
 }
 
 }  // namespace
@@ -129,7 +127,7 @@ SeenFn SeenInBlocks(const at::Tensor& chosen_NHT, const BlockRule& rule, int64_t
 at::Tensor MixBlocks(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const AttendShape& shape, const BlockRule& rule) {
   DETOUR_CHECK(rule.size == shape.layout.block_pages * kPage && rule.size > 0 && rule.top >= 1);
-  return MixSeen(q, k, v, shape, [&](at::Tensor& out, const at::Tensor& lse) {
+  return MixRows(q, k, v, shape, [&](at::Tensor& out, const at::Tensor& lse) -> BackwardFn {
     CallPages call(shape.layout);
     const at::Tensor chosen_NHT = at::empty({q.size(0), shape.num_heads, rule.top}, at::kInt);
     int64_t scored = 0;
@@ -149,7 +147,14 @@ at::Tensor MixBlocks(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
       GlobalOpCounter().attention_flops.fetch_add(
           2 * scored * shape.num_heads * shape.layout.head_dim, std::memory_order_relaxed);
     }
-    return SeenInBlocks(chosen_NHT, rule, shape.layout.num_kv_heads);
+    return [=, segments = shape.segments](AttentionGradients& g) {
+      for (const RoutedSegment& s : segments) {
+        for (int64_t b = s.begin; b < s.end; b += kBlockQueries) {
+          const int64_t e = std::min(b + kBlockQueries, s.end);
+          g.Masked(b, e, s.begin, SeenInBlocks(chosen_NHT, rule, g.num_kv_heads, b, e, s.begin));
+        }
+      }
+    };
   });
 }
 

@@ -56,6 +56,31 @@ at::Tensor PackedRows(const Matrix& matrix, const at::Tensor& ids_N) {
 
 namespace {
 
+/// [K, M] as the packed right-hand side of a product, in a buffer that the thread keeps.
+const kernels::PackedMatrix& PackRight(const at::Tensor& b_KM) {
+  thread_local kernels::PackedMatrix packed;
+  packed.PackTransposed(F32(b_KM), b_KM.size(1), b_KM.size(0), b_KM.size(1));
+  return packed;
+}
+
+}  // namespace
+
+void Product(const at::Tensor& a_NK, const at::Tensor& b_KM, at::Tensor& y_NM) {
+  DETOUR_CHECK(a_NK.size(1) == b_KM.size(0));
+  if (a_NK.size(0) == 0) return;
+  kernels::GemmBackward(F32(a_NK), a_NK.size(1), a_NK.size(0), PackRight(b_KM), {}, F32(y_NM),
+                        b_KM.size(1));
+}
+
+void AddTransposedProduct(const at::Tensor& a_KN, const at::Tensor& b_KM, at::Tensor& y_NM) {
+  DETOUR_CHECK(a_KN.size(0) == b_KM.size(0));
+  if (a_KN.size(0) == 0) return;
+  kernels::GemmBackward(F32(a_KN), a_KN.size(1), a_KN.size(1), PackRight(b_KM),
+                        {.transposed = true, .add = true}, F32(y_NM), b_KM.size(1));
+}
+
+namespace {
+
 struct LinearFn : torch::autograd::Function<LinearFn> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, const Matrix* matrix) {
@@ -72,10 +97,16 @@ struct LinearFn : torch::autograd::Function<LinearFn> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &weight = saved[1], &dy = grads[0];
+    const at::Tensor &x = saved[0], &weight = saved[1], dy = grads[0].contiguous();
     at::Tensor dx, dw, db;
-    if (ctx->needs_input_grad(0)) dx = at::mm(dy, weight);
-    if (ctx->needs_input_grad(1)) dw = at::mm(dy.t(), x);
+    if (ctx->needs_input_grad(0)) {
+      dx = at::empty_like(x);
+      Product(dy, weight, dx);
+    }
+    if (ctx->needs_input_grad(1)) {
+      dw = at::zeros_like(weight);
+      AddTransposedProduct(dy, x, dw);
+    }
     if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) db = dy.sum(0);
     return {dx, dw, db, at::Tensor()};
   }

@@ -40,7 +40,12 @@ class Matrix {
 /// Rows ids_N (i32) of a compact matrix, [N, K]; without gradient. CHECKs the ids.
 at::Tensor PackedRows(const Matrix& matrix, const at::Tensor& ids_N);
 
-/// y_NM = x_NK Wᵀ + bias. Forward: kernels::Gemm. Backward: torch.mm. Counted in the op counter.
+/// y_NM = a_NK b_KM, and y_NM += a_KNᵀ b_KM, without gradients: products of backward passes
+/// (kernels::GemmBackward), the same bits on any number of threads.
+void Product(const at::Tensor& a_NK, const at::Tensor& b_KM, at::Tensor& y_NM);
+void AddTransposedProduct(const at::Tensor& a_KN, const at::Tensor& b_KM, at::Tensor& y_NM);
+
+/// y_NM = x_NK Wᵀ + bias. Forward: kernels::Gemm, counted in the op counter. Backward: the above.
 at::Tensor Linear(const at::Tensor& x_NK, const Matrix& matrix);
 
 }  // namespace detour::ops

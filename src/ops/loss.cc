@@ -50,6 +50,8 @@ struct HeadLossFn : torch::autograd::Function<HeadLossFn> {
       dh = at::empty_like(h);
       if (weight.requires_grad()) dw = at::zeros_like(weight);
     }
+    kernels::PackedMatrix weight_t;
+    if (with_grad) weight_t.PackTransposed(F32(weight), dim, vocab, dim);
     const int64_t chunk = ChunkRows(vocab);
     at::Tensor logits = at::empty({std::min(chunk, num_rows), vocab}, h.options());
     at::Tensor kl, counts, taught;
@@ -76,8 +78,8 @@ struct HeadLossFn : torch::autograd::Function<HeadLossFn> {
         const at::Tensor dlogits = logits.slice(0, 0, n);
         if (dkl.defined()) dlogits.add_(dkl);
         at::Tensor dh_chunk = dh.slice(0, begin, begin + n);
-        at::mm_out(dh_chunk, dlogits, weight);
-        if (dw.defined()) dw.addmm_(dlogits.t(), h.slice(0, begin, begin + n));
+        kernels::GemmBackward(F32(dlogits), vocab, n, weight_t, {}, F32(dh_chunk), dim);
+        if (dw.defined()) AddTransposedProduct(dlogits, h.slice(0, begin, begin + n), dw);
       }
     }
     if (with_grad) ctx->save_for_backward({dh, dw});

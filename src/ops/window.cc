@@ -118,23 +118,27 @@ void AddDocument(const at::Tensor& k, const at::Tensor& v, const AttendShape& sh
   }
 }
 
-/// Who sees whom, for the backward pass.
-SeenFn SeenInWindow(const at::Tensor& positions_N, const WindowRows& rows) {
-  const auto flags = [](const std::vector<uint8_t>& f) {
-    at::Tensor t = at::empty({std::ssize(f)}, at::kBool);
-    std::copy(f.begin(), f.end(), t.data_ptr<bool>());
-    return t;
-  };
-  const at::Tensor stays_N = flags(rows.stays), far_N = flags(rows.far);
-  return [=, rule = rows.rule](int64_t b, int64_t e, int64_t begin, int64_t end) {
-    const auto queries = [&](const at::Tensor& t) { return t.slice(0, b, e).unsqueeze(1); };
-    const auto entries = [&](const at::Tensor& t) { return t.slice(0, begin, end).unsqueeze(0); };
-    const at::Tensor position = queries(positions_N), other = entries(positions_N);
-    const at::Tensor within = other.gt(position - rule.size);
-    const at::Tensor beyond =
-        entries(stays_N).logical_and(queries(far_N).logical_or(other.lt(rule.sink)));
-    return other.le(position).logical_and(within.logical_or(beyond));
-  };
+/// Gradients of one document's rows, whose table of entries is those that stay, then all.
+void AddGradients(const at::Tensor& positions_N, const RoutedSegment& s, const WindowRows& rows,
+                  AttentionGradients& g) {
+  const int32_t* positions = I32(positions_N);
+  const at::Tensor staying = StayingRows(rows.stays, s);
+  const int64_t num_staying = staying.size(0), num_rows = s.end - s.begin;
+  std::vector<int32_t> entries(I32(staying), I32(staying) + num_staying);
+  for (int64_t n = s.begin; n < s.end; ++n) entries.push_back(static_cast<int32_t>(n));
+  const Views views(
+      rows.rule, num_staying, [&](int64_t e) { return positions[s.begin + e]; },
+      [&](int64_t e) { return positions[entries[e]]; });
+  std::vector<kernels::RowView> row_views;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const Sight sight = views.Of(i, positions[s.begin + i], rows.far[s.begin + i]);
+    row_views.push_back({sight.kept, num_staying + sight.begin, num_staying + i + 1});
+  }
+  g.Add({{.row_begin = s.begin,
+          .num_rows = num_rows,
+          .num_entries = std::ssize(entries),
+          .entries = entries.data(),
+          .views = row_views.data()}});
 }
 
 }  // namespace
@@ -143,14 +147,16 @@ at::Tensor MixWindow(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
                      const AttendShape& shape, const WindowRows& rows) {
   DETOUR_CHECK(shape.layout.with_positions && std::ssize(rows.stays) == q.size(0) &&
                rows.far.size() == rows.stays.size());
-  return MixSeen(q, k, v, shape, [&](at::Tensor& out, const at::Tensor& lse) {
+  return MixRows(q, k, v, shape, [&](at::Tensor& out, const at::Tensor& lse) -> BackwardFn {
     CallPages call(shape.layout, /*with_recent=*/true);
     KvStore& store = shape.store ? *shape.store : call;
     Tables tables;
     tables.views.resize(q.size(0));
     for (const RoutedSegment& s : shape.segments) AddDocument(k, v, shape, s, rows, store, &tables);
     RunAttend(shape, q, tables.segments, out, lse);
-    return SeenInWindow(shape.positions_W, rows);
+    return [rows, segments = shape.segments, positions = shape.positions_W](AttentionGradients& g) {
+      for (const RoutedSegment& s : segments) AddGradients(positions, s, rows, g);
+    };
   });
 }
 
