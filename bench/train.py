@@ -105,7 +105,7 @@ def report(args, result):
             target = PEER_TARGETS.get(name)
             met &= target is None or speed >= target
             line += f"  detour's dense step is {speed:.2f} x as fast" + (f" (target {target})" if target else "")
-        print(line)
+        print(line, flush=True)
     print(f"  {100 * facts['dtrnet']['share']:.1f} % of tokens attend in routed layers: FLOPs x {flops:.3f}, seconds x {seconds:.3f}; "
           f"{100 * result['saving_arrived']:.0f} % of the saving arrives (target {100 * SAVING_TARGET:.0f})", flush=True)
     return met

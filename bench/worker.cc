@@ -130,8 +130,8 @@ std::string Decode(const Bench& bench, Candidate& c) {
   const int64_t length = std::ssize(bench.ids) - kDecoded;
   const auto start = std::chrono::steady_clock::now();
   for (int64_t i = 0; i < kDecoded; ++i) {
-    const at::Tensor h = infer::Feed(c.model, *c.cache, 0,
-                                     std::span(bench.ids).subspan(length + i, 1), length + i);
+    const at::Tensor h =
+        infer::Feed(c.model, *c.cache, 0, std::span(bench.ids).subspan(length + i, 1), length + i);
     Logits(c.model, h);
   }
   const double seconds = SecondsSince(start) / static_cast<double>(kDecoded);
@@ -163,11 +163,11 @@ void Run(int argc, char** argv) {
       }
     }
     auto [name, candidate] = Make(argv[i], argv[1], bench.batch, share);
-    facts += fmt::format("{}\"{}\": {{\"share\": {}, \"flops\": {}, \"weight_bytes\": {}}}",
-                         facts.empty() ? "" : ", ", name,
-                         MeasuredShare(candidate.model, bench.batch),
-                         ForwardFlops(candidate.model, bench.batch),
-                         4 * model::ParameterCount(candidate.model.config));
+    facts +=
+        fmt::format("{}\"{}\": {{\"share\": {}, \"flops\": {}, \"weight_bytes\": {}}}",
+                    facts.empty() ? "" : ", ", name, MeasuredShare(candidate.model, bench.batch),
+                    ForwardFlops(candidate.model, bench.batch),
+                    4 * model::ParameterCount(candidate.model.config));
     bench.candidates[name] = std::move(candidate);
   }
   fmt::print("{{{}}}\n", facts);

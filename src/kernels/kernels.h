@@ -179,6 +179,26 @@ struct AttendSegment {
 void Attend(const KvLayout& layout, int64_t num_heads, float scale, const float* q, int64_t ldq,
             std::span<const AttendSegment> segments, float* out, int64_t ldout, float* lse_RH);
 
+/// Query rows [row_begin, row_begin + num_rows) of one sequence, row i being entry first_entry + i
+/// of `pages`, of which each query head sees `top` blocks of layout.block_pages pages: chosen_RHT,
+/// ascending, of this segment's rows, the last the row's own block, of that up to itself.
+struct BlockSegment {
+  const float* const* pages = nullptr;
+  int64_t row_begin = 0, num_rows = 0, first_entry = 0, top = 0;
+  const int32_t* chosen_RHT = nullptr;
+};
+/// Attend, the same bits as over a table of each query head's own blocks. Queries of up to 128 rows
+/// that chose a block read it together. Scratch: as many scores as they see, at most 1 MB or 16
+/// rows' a thread. Counted as Attend.
+void AttendBlocks(const KvLayout& layout, int64_t num_heads, float scale, const float* q,
+                  int64_t ldq, const BlockSegment& segment, float* out, int64_t ldout,
+                  float* lse_RH);
+/// scores [H, R, num_blocks] = q · (sum of the block's keys), fma over d = 0..K-1 from +0, of R
+/// query rows and the first blocks of a page table, all full.
+void ScoreBlocks(const KvLayout& layout, int64_t num_heads, const float* q, int64_t ldq,
+                 int64_t num_rows, const float* const* pages, int64_t num_blocks,
+                 float* scores_HRB);
+
 /// Query rows [row_begin, row_begin + num_rows) among a table of entries, of which entry e is row
 /// `entries`[e] of k and v (null: first_entry + e). Row i sees entries [0, first_limit + i), or
 /// with `views` those of views[i].

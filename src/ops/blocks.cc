@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/error.h"
 #include "core/op_counter.h"
@@ -14,8 +15,6 @@ namespace detour::ops {
 
 namespace {
 
-constexpr int64_t kPage = kernels::kPageEntries;
-
 /// Rows whose choices and tables are held at once.
 constexpr int64_t kRowsTogether = 256;
 
@@ -24,39 +23,21 @@ struct Chooser {
   const BlockRule& rule;
   float* const* pages;
 
-  /// Scores of blocks [0, own) for one query head. Sums of products of floats in double: any order
-  /// of multiply and add in the same sequence gives the same bits.
-  void Scores(const float* q_K, int64_t kv_head, int64_t own, double* scores) const {
-    const int64_t dim = shape.layout.head_dim, block_pages = shape.layout.block_pages;
+  void RandomScores(int32_t position, int64_t head, int64_t own, float* scores) const {
+    const Rng rng(rule.seed, RngPurpose::kRoute, static_cast<uint32_t>(position),
+                  static_cast<uint32_t>(rule.layer * 1024 + head));
     for (int64_t block = 0; block < own; ++block) {
-      const float* sums =
-          pages[(block + 1) * block_pages - 1] + shape.layout.SumsAt() + kv_head * dim;
-      double score = 0;
-      for (int64_t i = 0; i < dim; ++i) score += static_cast<double>(q_K[i]) * sums[i];
-      scores[block] = score;
+      scores[block] = static_cast<float>(rng.Uniform(block));
     }
   }
 
-  void RandomScores(int32_t position, int64_t head, int64_t own, double* scores) const {
-    const Rng rng(rule.seed, RngPurpose::kRoute, static_cast<uint32_t>(position),
-                  static_cast<uint32_t>(rule.layer * 1024 + head));
-    for (int64_t block = 0; block < own; ++block) scores[block] = rng.Uniform(block);
-  }
-
-  /// The blocks that a query head sees, ascending, its own last; the rest of `chosen_T` is −1.
-  void Choose(const float* q_K, int64_t head, int64_t own, int32_t position,
-              int32_t* chosen_T) const {
+  /// The blocks that a query head sees of those before its own, by `scores`; ascending, its own
+  /// last. If there are fewer than `top` the rest of `chosen_T` is −1.
+  void Choose(const float* scores, int64_t own, int32_t* chosen_T) const {
     std::fill_n(chosen_T, rule.top, -1);
     if (own < rule.top) {
       for (int64_t block = 0; block <= own; ++block) chosen_T[block] = static_cast<int32_t>(block);
       return;
-    }
-    thread_local std::vector<double> scores;
-    scores.resize(own);
-    if (rule.random) {
-      RandomScores(position, head, own, scores.data());
-    } else {
-      Scores(q_K, head / (shape.num_heads / shape.layout.num_kv_heads), own, scores.data());
     }
     thread_local std::vector<int32_t> order;
     order.resize(own);
@@ -69,42 +50,46 @@ struct Chooser {
     std::copy_n(order.begin(), rule.top - 1, chosen_T);
     chosen_T[rule.top - 1] = static_cast<int32_t>(own);
   }
+
+  /// The choices of rows [begin, end), whose first has entry `entry`.
+  void ChooseRows(const at::Tensor& q, int64_t begin, int64_t end, int64_t entry,
+                  int32_t* chosen_NHT) const {
+    const int64_t heads = shape.num_heads, rows = end - begin;
+    const int64_t num_blocks = (entry + rows - 1) / rule.size;  // before the last row's own
+    at::Tensor scores = at::empty({heads * rows * num_blocks}, at::kFloat);
+    float* score = scores.data_ptr<float>();
+    if (!rule.random && num_blocks > 0) {
+      kernels::ScoreBlocks(shape.layout, heads, F32(q) + begin * q.size(1), q.size(1), rows, pages,
+                           num_blocks, score);
+    }
+    ParallelFor(0, rows, 8, [&](int64_t from, int64_t to) {
+      for (int64_t r = from; r < to; ++r) {
+        const int64_t own = (entry + r) / rule.size, n = begin + r;
+        for (int64_t h = 0; h < heads; ++h) {
+          float* of_row = score + (h * rows + r) * num_blocks;
+          if (rule.random) RandomScores(I32(shape.positions_W)[n], h, own, of_row);
+          Choose(of_row, own, chosen_NHT + (n * heads + h) * rule.top);
+        }
+      }
+    });
+  }
 };
 
 /// Attention of rows [begin, end), whose first has entry `entry`; fills their rows of chosen_NHT.
 void AttendChunk(const Chooser& chooser, const at::Tensor& q, int64_t begin, int64_t end,
                  int64_t entry, int32_t* chosen_NHT, at::Tensor& out, const at::Tensor& lse) {
   const AttendShape& shape = chooser.shape;
-  const auto [size, top] = std::pair(chooser.rule.size, chooser.rule.top);
-  const int64_t heads = shape.num_heads, dim = shape.layout.head_dim;
-  const int64_t block_pages = shape.layout.block_pages;
-  ParallelFor(begin, end, 8, [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; ++n) {
-      for (int64_t h = 0; h < heads; ++h) {
-        chooser.Choose(F32(q) + n * q.size(1) + h * dim, h, (entry + n - begin) / size,
-                       I32(shape.positions_W)[n], chosen_NHT + (n * heads + h) * top);
-      }
-    }
-  });
-  std::vector<kernels::AttendSegment> segments;
-  // Rows that see all that is before them need no table of their own.
+  const int64_t size = chooser.rule.size, top = chooser.rule.top;
+  chooser.ChooseRows(q, begin, end, entry, chosen_NHT);
+  // Rows that see all that is before them.
   const int64_t all = std::clamp<int64_t>(top * size - entry, 0, end - begin);
-  if (all > 0) segments.push_back({chooser.pages, begin, all, entry + 1});
-  std::vector<const float*> tables((end - begin - all) * heads * top * block_pages);
-  const float** table = tables.data();
-  for (int64_t n = begin + all; n < end; ++n) {
-    const int64_t own = entry + n - begin;
-    for (int64_t h = 0; h < heads; ++h) {
-      const int32_t* chosen = chosen_NHT + (n * heads + h) * top;
-      segments.push_back({table, n, 1, (top - 1) * size + own % size + 1, nullptr, h});
-      for (int64_t t = 0; t < top - 1; ++t) {
-        table = std::copy_n(chooser.pages + chosen[t] * block_pages, block_pages, table);
-      }
-      const int64_t first = own / size * block_pages;
-      table = std::copy_n(chooser.pages + first, own / kPage - first + 1, table);
-    }
-  }
-  RunAttend(shape, q, segments, out, lse);
+  if (all > 0) RunAttend(shape, q, {{chooser.pages, begin, all, entry + 1}}, out, lse);
+  if (all == end - begin) return;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(shape.layout.head_dim));
+  kernels::AttendBlocks(shape.layout, shape.num_heads, scale, F32(q), q.size(1),
+                        {chooser.pages, begin + all, end - begin - all, entry + all, top,
+                         chosen_NHT + (begin + all) * shape.num_heads * top},
+                        F32(out), out.size(1), lse.defined() ? F32(lse) : nullptr);
 }
 
 /// Which entries of its document, which begins at row `begin`, each head of the queries [b, e)
@@ -126,7 +111,8 @@ at::Tensor SeenInBlocks(const at::Tensor& chosen_NHT, const BlockRule& rule, int
 
 at::Tensor MixBlocks(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const AttendShape& shape, const BlockRule& rule) {
-  DETOUR_CHECK(rule.size == shape.layout.block_pages * kPage && rule.size > 0 && rule.top >= 1);
+  DETOUR_CHECK(rule.size == shape.layout.block_pages * kernels::kPageEntries && rule.size > 0 &&
+               rule.top >= 1);
   return MixRows(q, k, v, shape, [&](at::Tensor& out, const at::Tensor& lse) -> BackwardFn {
     CallPages call(shape.layout);
     const at::Tensor chosen_NHT = at::empty({q.size(0), shape.num_heads, rule.top}, at::kInt);
