@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <memory>
@@ -16,8 +17,43 @@ namespace {
 
 thread_local bool in_parallel = false;
 
-// Workers sleep on a condition variable: they never spin, so a starved machine loses nothing to
-// them.
+/// Waits a moment for something that comes soon, awake: waking a thread costs more than most of
+/// what it is woken for. But whoever finds that others took its core while it waited sleeps at once
+/// for some time: on a machine that is shared, waiting awake only takes from the one waited for.
+class Patience {
+ public:
+  /// Whether `ready()` came true.
+  template <class Ready>
+  bool Await(const Ready& ready) {
+    if (rest_ > 0) {
+      --rest_;
+      return ready();
+    }
+    const auto start = std::chrono::steady_clock::now();
+    for (auto last = start; last - start < kSpin;) {
+      for (int i = 0; i < kPolls; ++i) {
+        if (ready()) return true;
+        __builtin_ia32_pause();
+      }
+      const auto now = std::chrono::steady_clock::now();
+      if (now - last > kTaken) {
+        rest_ = kRest;
+        return ready();
+      }
+      last = now;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kSpin{100}, kTaken{400};
+  static constexpr int kPolls = 16, kRest = 2048;
+  int rest_ = 0;  // waits that will be asleep
+};
+
+// One job at a time, of which whoever comes takes the next task. A ticket holds how many there are
+// and the next of them, in one number: a worker that comes late takes nothing, or a task of the
+// next job.
 class Pool {
  public:
   explicit Pool(int num_workers) {
@@ -37,51 +73,59 @@ class Pool {
 
   void Run(int64_t num_tasks, const std::function<void(int64_t)>& task) {
     std::lock_guard serial(run_mutex_);
-    {
+    task_ = &task;
+    error_ = nullptr;
+    left_ = num_tasks;
+    ticket_ = static_cast<uint64_t>(num_tasks) << 32;
+    if (num_asleep_ > 0) {
       std::lock_guard lock(mutex_);
-      task_ = &task;
-      num_tasks_ = num_tasks;
-      next_ = 0;
-      active_ = static_cast<int>(workers_.size());
-      error_ = nullptr;
-      ++generation_;
+      wake_.notify_all();
     }
-    wake_.notify_all();
-    Drain();
-    std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return active_ == 0; });
-    task_ = nullptr;
+    while (RunOne()) {
+    }
+    const auto done = [this] { return left_ == 0; };
+    if (!caller_.Await(done)) {
+      std::unique_lock lock(mutex_);
+      caller_asleep_ = true;
+      done_.wait(lock, done);
+      caller_asleep_ = false;
+    }
     if (error_) std::rethrow_exception(error_);
   }
 
  private:
-  void Drain() {
+  static bool HasTask(uint64_t ticket) { return static_cast<uint32_t>(ticket) < ticket >> 32; }
+
+  /// Takes one task, if there is one left.
+  bool RunOne() {
+    if (!HasTask(ticket_)) return false;
+    const uint64_t ticket = ticket_.fetch_add(1);
+    if (!HasTask(ticket)) return false;
+    // Its job is not over before this task is: task_ and error_ are that job's.
     in_parallel = true;
-    for (;;) {
-      const int64_t i = next_.fetch_add(1);
-      if (i >= num_tasks_) break;
-      try {
-        (*task_)(i);
-      } catch (...) {
-        std::lock_guard lock(mutex_);
-        error_ = std::current_exception();
-      }
+    try {
+      (*task_)(static_cast<uint32_t>(ticket));
+    } catch (...) {
+      std::lock_guard lock(mutex_);
+      error_ = std::current_exception();
     }
     in_parallel = false;
+    if (left_.fetch_sub(1) == 1 && caller_asleep_) {
+      std::lock_guard lock(mutex_);
+      done_.notify_one();
+    }
+    return true;
   }
 
   void Work() {
-    uint64_t seen = 0;
-    for (;;) {
-      {
-        std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
-        if (stop_) return;
-        seen = generation_;
-      }
-      Drain();
-      std::lock_guard lock(mutex_);
-      if (--active_ == 0) done_.notify_one();
+    Patience patience;
+    const auto called = [this] { return HasTask(ticket_) || stop_; };
+    while (!stop_) {
+      if (RunOne() || patience.Await(called)) continue;
+      std::unique_lock lock(mutex_);
+      ++num_asleep_;
+      wake_.wait(lock, called);
+      --num_asleep_;
     }
   }
 
@@ -90,11 +134,11 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(int64_t)>* task_ = nullptr;
-  std::atomic<int64_t> next_{0};
-  int64_t num_tasks_ = 0;
-  int active_ = 0;
-  uint64_t generation_ = 0;
-  bool stop_ = false;
+  std::atomic<uint64_t> ticket_{0};
+  std::atomic<int64_t> left_{0};  // tasks that are not done
+  std::atomic<int> num_asleep_{0};
+  std::atomic<bool> caller_asleep_{false}, stop_{false};
+  Patience caller_;
   std::exception_ptr error_;
 };
 
@@ -105,8 +149,10 @@ ParallelBackend backend{nullptr, nullptr};
 
 void PoolParallelFor(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
   const int64_t n = end - begin;
+  // More than one a thread: who comes late, or is slowed down, takes fewer.
+  constexpr int64_t kPerThread = 4;
   const int64_t num_chunks =
-      std::min<int64_t>(NumThreads(), (n + grain - 1) / std::max<int64_t>(grain, 1));
+      std::min(kPerThread * NumThreads(), (n + grain - 1) / std::max<int64_t>(grain, 1));
   {
     std::lock_guard lock(pool_mutex);
     if (!pool) pool = std::make_unique<Pool>(NumThreads() - 1);
