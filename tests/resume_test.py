@@ -87,6 +87,15 @@ def test_activation_checkpointing_changes_no_bit(uninterrupted, kind):
     assert records(uninterrupted(kind)) == records(uninterrupted(f"{kind}_recompute"))
 
 
+@pytest.mark.parametrize("kind", ["dense", "dtrnet", "moe_bias"])
+def test_threads_change_no_bit(world, tmp_path, kind):
+    runs = [tmp_path / f"threads_{n}" for n in (1, 2)]
+    for n, out in enumerate(runs, start=1):
+        ok(*world.train_args(out, "--max-steps", 10, *RUNS[kind], "--threads", n))
+    assert weights(runs[0]) == weights(runs[1])
+    assert records(runs[0]) == records(runs[1])
+
+
 def test_saving_and_validating_more_often_changes_no_bit(world, uninterrupted, tmp_path):
     ok(*world.train_args(tmp_path, "--max-steps", STEPS, "--save-every", 13, "--eval-every", 7, *RUNS["dtrnet"]))
     assert weights(tmp_path) == weights(uninterrupted("dtrnet"))

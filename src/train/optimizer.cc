@@ -3,9 +3,33 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
+
+#include "core/threads.h"
+#include "ops/linear.h"
 
 namespace detour::train {
+
+namespace {
+
+/// In chunks of one size, so that the sum does not depend on threads.
+double SquaredNorm(const at::Tensor& t) {
+  constexpr int64_t kChunk = 1 << 14;
+  const float* x = ops::F32(t);
+  const int64_t n = t.numel();
+  std::vector<double> sums((n + kChunk - 1) / kChunk);
+  ParallelFor(0, std::ssize(sums), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t last = std::min(n, (c + 1) * kChunk);
+      for (int64_t i = c * kChunk; i < last; ++i) sums[c] += double{x[i]} * x[i];
+    }
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+}  // namespace
 
 AdamW::AdamW(const ForEachTrained& for_each, const AdamWOptions& options) : options_(options) {
   for_each([&](const std::string& name, at::Tensor& weight) {
@@ -34,8 +58,7 @@ double AdamW::ClipGradNorm(double max_norm) {
   for (Param& p : params_) {
     if (!p.weight.grad().defined()) continue;
     grads.push_back(p.weight.grad());
-    const double norm = at::linalg_vector_norm(grads.back()).item<double>();
-    sum += norm * norm;
+    sum += SquaredNorm(grads.back().contiguous());
   }
   const double norm = std::sqrt(sum);
   // 1e-6 as in torch.nn.utils.clip_grad_norm_.
