@@ -1,15 +1,19 @@
 """Text that asks a model to look back: for teaching routers which tokens matter (docs/routing.md, "From dense to routed").
 
     bench/recall_text.py --text FOLDER --out FOLDER [--documents 1500] [--words 1250] [--facts 10] [--blocks 1]
-                         [--plain 0.33] [--seed 1]
+                         [--plain 0.33] [--seed 1] [--more-wordings 0]
+                         [--tokens 0 --tokenizer FOLDER]
 
 Each document is a passage of a file of FOLDER, cut at paragraphs' ends, with 1 to --facts invented facts between its
 sentences; its end asks for them, in another order, and answers. With more --blocks it asks at other places too, each
 fact once: long documents then ask from every distance, wherever a training sequence cuts them. Facts come in several
 wordings, none of which is that of `detour eval --recall`, and about things that it does not name. A share --plain of
-the documents are the passage alone. The same seed writes the same bytes.
+the documents are the passage alone. With --tokens N every document is filled up in front with other text until it has
+N tokens, its end-of-text included: after `detour prepare`, training sequences of N tokens are whole documents, and no
+question lacks its fact. The same seed writes the same bytes.
 """
 import argparse
+import itertools
 import random
 import re
 from pathlib import Path
@@ -41,10 +45,10 @@ def draw(kind, rng):
     return rng.choice({"name": NAMES, "thing": THINGS, "colour": COLOURS, "place": PLACES}[kind])
 
 
-def facts_of(rng, most):
+def facts_of(rng, most, more_wordings):
     """(line that says, line that asks) of facts whose keys differ."""
     facts, keys = [], set()
-    wordings = rng.sample(WORDINGS, rng.choice([1, 1, 2, 3]))
+    wordings = rng.sample(WORDINGS, min(len(WORDINGS), rng.choice([1, 1, 2, 3]) + more_wordings))
     for _ in range(max(1, round(most * rng.choice([0, 0.1, 0.2, 0.4, 0.6, 0.8, 1])))):
         say, ask, key_kind, answer_kind = rng.choice(wordings)
         key, answer = draw(key_kind, rng), draw(answer_kind, rng)
@@ -80,7 +84,7 @@ def document(passage, rng, args):
     end = len(sentences)
     blocks = sorted(rng.randrange(end) for _ in range(args.blocks - 1)) + [end]
     said_at, asked_at = {}, {}
-    for say, ask in facts_of(rng, args.facts):
+    for say, ask in facts_of(rng, args.facts, args.more_wordings):
         place = rng.randrange(end * 19 // 20 + 1)
         said_at.setdefault(place, []).append(rng.choice(["\n", "\n\n", " "]) + say)
         asked_at.setdefault(rng.choice([block for block in blocks if block >= place]), []).append(ask)
@@ -90,6 +94,37 @@ def document(passage, rng, args):
     return "".join(text)
 
 
+def filled(text, filler, tokenizer, num_tokens):
+    """The end of `filler` and `text`, together num_tokens - 1 tokens (end-of-text makes num_tokens), or None."""
+    def length(t):
+        return len(tokenizer.encode(t, add_special_tokens=False).ids)
+
+    ids = tokenizer.encode(filler, add_special_tokens=False).ids
+    room = num_tokens - 1 - length(text)
+    for _ in range(8):  # joining texts can merge tokens
+        if not 0 < room <= len(ids):
+            return None
+        whole = tokenizer.decode(ids[len(ids) - room:]) + "\n\n" + text
+        missing = num_tokens - 1 - length(whole)
+        if missing == 0:
+            return whole
+        room += missing
+    return None
+
+
+def documents(found, rng, args):
+    if not args.tokens:
+        for i in range(args.documents):
+            yield document(found[i % len(found)], rng, args)
+        return
+    import tokenizers
+    tokenizer = tokenizers.Tokenizer.from_file(f"{args.tokenizer}/tokenizer.json")
+    endless = (filled(document(found[i % len(found)], rng, args), found[(i + 1) % len(found)], tokenizer, args.tokens)
+               for i in itertools.count())
+    tries = itertools.islice(endless, 4 * args.documents)
+    yield from itertools.islice((text for text in tries if text), args.documents)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True)
@@ -97,10 +132,15 @@ def main():
     parser.add_argument("--documents", type=int, default=1500)
     parser.add_argument("--words", type=int, default=1250)
     parser.add_argument("--facts", type=int, default=10, help="most facts of a document")
+    parser.add_argument("--more-wordings", type=int, default=0, help="of a document, beside one to three: for many facts")
     parser.add_argument("--blocks", type=int, default=1, help="places of a document that ask")
     parser.add_argument("--plain", type=float, default=1 / 3, help="share of documents without facts")
+    parser.add_argument("--tokens", type=int, default=0, help="tokens of every document, end-of-text included")
+    parser.add_argument("--tokenizer", help="folder with tokenizer.json, for --tokens")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if args.tokens and not args.tokenizer:
+        parser.error("--tokens: --tokenizer is needed too")
     rng = random.Random(args.seed)
     found = list(passages(args.text, args.words))
     if not found:
@@ -108,9 +148,13 @@ def main():
     rng.shuffle(found)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for i in range(args.documents):
-        (out / f"{i:05}.txt").write_text(document(found[i % len(found)], rng, args), encoding="utf-8")
-    print(f"{out}: {args.documents} documents of {len(found)} passages")
+    count = 0
+    for text in documents(found, rng, args):
+        (out / f"{count:05}.txt").write_text(text, encoding="utf-8")
+        count += 1
+    if count < args.documents:
+        parser.error(f"--words {args.words}: only {count} documents came near {args.tokens} tokens from below; use fewer or more words")
+    print(f"{out}: {count} documents of {len(found)} passages")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import sys
 import compare
 import compare_page
 import compare_plot
+import compare_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -111,8 +112,7 @@ def notes(table):
 def write(table, out):
     heads = [head for head, _ in columns(table)]
     lines = [[text(p) for _, text in columns(table)] for p in table["points"]]
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
-    markdown = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    markdown = compare_table.markdown_table(heads, lines)
     (out / "retrofit.md").write_text(markdown + "\n\n" + "\n".join(f"- {note}" for note in notes(table)) + "\n")
     body = plots(table) + "<h2>All figures</h2>\n" + compare_page.table_html(heads, lines)
     body += '<ul class="notes">' + "".join(f"<li>{html.escape(note)}</li>" for note in notes(table)) + "</ul>\n"

@@ -16,10 +16,11 @@ import math
 import os
 import pathlib
 import statistics
-import subprocess
 
 import compare
 import compare_page
+import compare_table
+from worker import Worker
 
 METHODS = ["dense=dense", "dtrnet-bilayer=dtrnet:bilayer", "dtrnet-all=dtrnet:all",
            "window=dtrnet:all:bypass=window,window=256", "blocks=blocks:all:block_size=64,top_k={quarter}",
@@ -28,30 +29,14 @@ QUANTITIES = [("prefill", "Reading a prompt", "seconds"), ("decode", "Decoding o
               ("kv", "Keys and values kept", "MB"), ("train", "A training step", "seconds")]
 
 
-class Worker:
-    """Models of one length in one process."""
-
-    def __init__(self, args, length, sequences):
-        quarter = max(2, length // 256)
-        specs = [spec.format(quarter=quarter) for spec in args.methods]
-        self.process = subprocess.Popen(
-            [args.worker, args.config, str(length), str(sequences), str(args.share), str(args.threads), *specs],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = json.loads(self.process.stdout.readline())
-
-    def ask(self, what, name):
-        self.process.stdin.write(f"{what} {name}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+def start(args, length, sequences):
+    quarter = max(2, length // 256)
+    return Worker(args, length, sequences, [spec.format(quarter=quarter) for spec in args.methods])
 
 
 def measure_serving(args, length):
     """Medians of prefill and decode of every model at one length."""
-    worker = Worker(args, length, 1)
+    worker = start(args, length, 1)
     runs = {name: [] for name in worker.facts}
     for i in range(args.rounds + 1):
         for name in runs:
@@ -71,7 +56,7 @@ def measure_serving(args, length):
 
 
 def measure_training(args, length):
-    worker = Worker(args, length, max(1, 4096 // length))
+    worker = start(args, length, max(1, 4096 // length))
     runs = {name: [] for name in worker.facts}
     for i in range(args.rounds + 1):
         for name in runs:
@@ -99,8 +84,10 @@ def series(results, key):
 
 
 def work(figures, key):
-    """What a quantity must cost: bytes read by a decoded token, else FLOPs."""
-    return figures["weight_bytes"] + 1e6 * figures["kv"] if key == "decode" else figures["flops"]
+    """What a quantity must cost: bytes read by a decoded token, else FLOPs; reading a prompt needs no head."""
+    if key == "decode":
+        return figures["weight_bytes"] + 1e6 * figures["kv"]
+    return figures["flops_with_head" if key == "train" else "flops"]
 
 
 def saving(results, name, key):
@@ -153,11 +140,6 @@ def draw(results, key, title, unit, out):
     plt.close(figure)
 
 
-def markdown(heads, lines):
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
 def write(args, serving, training):
     args.out.mkdir(parents=True, exist_ok=True)
     text, body = "", ""
@@ -172,7 +154,7 @@ def write(args, serving, training):
         draw(results, key, title, unit, args.out / f"{key}.svg")
         body += f"<h2>{html.escape(title)}</h2>\n<figure>{(args.out / f'{key}.svg').read_text().split('?>', 1)[1]}</figure>\n"
         for name, heads, lines in parts:
-            text += f"**{name}**\n\n{markdown(heads, lines)}\n"
+            text += f"**{name}**\n\n{compare_table.markdown_table(heads, lines)}\n\n"
             body += f"<h3>{html.escape(name)}</h3>\n" + compare_page.table_html(heads, lines)
     note = (f"{pathlib.Path(args.config).name}, random weights, {args.threads} thread(s), medians of {args.rounds} rounds in turns, "
             f"{compare.machine()}.")

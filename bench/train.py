@@ -13,9 +13,10 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
+
+from worker import Worker
 
 SAVING_TARGET = 0.9
 PEER_TARGETS = {"transformers eager": 1.5, "torch.compile": 1.2}
@@ -47,30 +48,10 @@ class Peer:
         return time.perf_counter() - start
 
 
-class Worker:
-    """Detour's dense and routed model in a process of their own."""
-
-    def __init__(self, args, seq_len):
-        self.process = subprocess.Popen(
-            [args.worker, args.config, str(seq_len), str(args.tokens // seq_len), str(args.share), str(args.threads),
-             "dense=dense", "dtrnet=dtrnet:bilayer"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = json.loads(self.process.stdout.readline())
-
-    def step(self, name):
-        self.process.stdin.write(f"train {name}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["seconds"]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def measure(args, seq_len, peers):
+def measure(args, seq_len, tokens, peers):
     """Seconds of each candidate's rounds; the first round warms up."""
-    worker = Worker(args, seq_len)
-    candidates = {"dense": lambda: worker.step("dense"), "dtrnet": lambda: worker.step("dtrnet")}
+    worker = Worker(args, seq_len, tokens // seq_len, ["dense=dense", "dtrnet=dtrnet:bilayer"])
+    candidates = {name: lambda name=name: worker.ask("train", name)["seconds"] for name in worker.facts}
     candidates.update({name: peer.step for name, peer in peers.items()})
     times = {name: [] for name in candidates}
     for i in range(args.rounds + 1):
@@ -79,7 +60,7 @@ def measure(args, seq_len, peers):
             if i > 0:
                 times[name].append(seconds)
     worker.close()
-    return {"length": seq_len, "times": times, "facts": worker.facts}
+    return {"length": seq_len, "tokens": tokens, "times": times, "facts": worker.facts}
 
 
 def ratio(times, name, base):
@@ -93,9 +74,9 @@ def describe(values):
 def report(args, result):
     """Prints one length's rows, adds the ratios to `result`, and returns whether its targets are met."""
     times, facts = result["times"], result["facts"]
-    flops, seconds = facts["dtrnet"]["flops"] / facts["dense"]["flops"], ratio(times, "dtrnet", "dense")
+    flops, seconds = facts["dtrnet"]["flops_with_head"] / facts["dense"]["flops_with_head"], ratio(times, "dtrnet", "dense")
     result.update(flop_ratio=flops, time_ratio=seconds, saving_arrived=(1 - seconds) / (1 - flops))
-    print(f"training step, {args.tokens // result['length']} x {result['length']} tokens, {args.threads} threads, "
+    print(f"training step, {result['tokens'] // result['length']} x {result['length']} tokens, {args.threads} threads, "
           f"{args.rounds} interleaved rounds, {platform.processor() or platform.machine()}")
     met = result["saving_arrived"] >= SAVING_TARGET
     for name, values in times.items():
@@ -127,7 +108,7 @@ def main():
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     results, met = [], True
     for i, length in enumerate(int(n) for n in args.lengths.split(",")):
-        args.tokens = max(args.tokens, length)
+        tokens = max(args.tokens, length)
         peers = {}
         if i == 0 and not args.no_peers:
             import torch
@@ -135,8 +116,8 @@ def main():
             torch.set_num_threads(args.threads)
             for name, attention, compiled in (("transformers eager", "eager", False), ("transformers sdpa", "sdpa", False),
                                               ("torch.compile", "sdpa", True)):
-                peers[name] = Peer(args.config, length, args.tokens // length, attention, compiled)
-        results.append(measure(args, length, peers))
+                peers[name] = Peer(args.config, length, tokens // length, attention, compiled)
+        results.append(measure(args, length, tokens, peers))
         met &= report(args, results[-1])
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 // Models of one shape and several methods that train, read and decode on request, for
-// bench/train.py and bench/scale.py. Weights are random, and the routers' biases such that the
-// wanted share of the bench's own tokens is routed. First line out: what each model is. Then for
-// each line in, "train NAME", "prefill NAME" or "decode NAME", one line out.
+// bench/train.py, bench/scale.py and bench/breakeven.py. Weights are random, and the routers'
+// biases such that the wanted share of the bench's own tokens is routed. First line out: what each
+// model is. Then for each line in, "train NAME", "prefill NAME" or "decode NAME", one line out.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
@@ -60,34 +60,35 @@ eval::Batch RandomBatch(int64_t vocab, int64_t num_sequences, int64_t seq_len) {
           routing::Stream::FromSegments(std::move(segments)), 0};
 }
 
-/// Share of rows that take the routers' spans.
-double MeasuredShare(const model::Model& model, const eval::Batch& batch) {
+/// One forward pass over the batch: the share of rows that take the routers' spans, FLOPs without
+/// and with the head's, and the bytes of the weights.
+std::string Facts(const model::Model& model, const eval::Batch& batch) {
   const at::NoGradGuard no_grad;
-  std::vector<routing::LayerPlans> plans;
-  Forward(model, batch.ids_N, batch.stream, {.plans = &plans});
-  double routed = 0;
-  const std::vector<model::RouterId> routers = model::Routers(model.config);
-  for (const model::RouterId& id : routers) {
-    const routing::OuterPlan outer = PlanOf(plans[id.layer], id.site);
-    routed += static_cast<double>(outer.plan->NumRouted());
-  }
-  return routers.empty()
-             ? 1.0
-             : routed / static_cast<double>(batch.stream.num_rows() * std::ssize(routers));
-}
-
-double ForwardFlops(const model::Model& model, const eval::Batch& batch) {
-  const at::NoGradGuard no_grad;
-  GlobalOpCounter().Reset();
-  Forward(model, batch.ids_N, batch.stream, {});
   const model::ModelConfig& c = model.config;
-  return static_cast<double>(GlobalOpCounter().Total()) +
-         2.0 * static_cast<double>(batch.stream.num_rows() * c.hidden_size * c.vocab_size);
+  std::vector<routing::LayerPlans> plans;
+  GlobalOpCounter().Reset();
+  Forward(model, batch.ids_N, batch.stream, {.plans = &plans});
+  const auto rows = static_cast<double>(batch.stream.num_rows());
+  const auto flops = static_cast<double>(GlobalOpCounter().Total());
+  const double head = 2.0 * rows * static_cast<double>(c.hidden_size * c.vocab_size);
+  double routed = 0;
+  const std::vector<model::RouterId> routers = model::Routers(c);
+  for (const model::RouterId& id : routers) {
+    routed += static_cast<double>(PlanOf(plans[id.layer], id.site).plan->NumRouted());
+  }
+  const double share = routers.empty() ? 1 : routed / (rows * static_cast<double>(routers.size()));
+  return fmt::format(
+      "{{\"share\": {}, \"flops\": {}, \"flops_with_head\": {}, \"weight_bytes\": {}}}", share,
+      flops, flops + head, 4 * model::ParameterCount(c));
 }
 
-/// NAME=METHOD[:LAYOUT[:KEY=VALUE,...]] of a config file; METHOD dense for none.
-std::pair<std::string, Candidate> Make(const std::string& spec, const std::string& config_path,
+/// NAME=METHOD[:LAYOUT[:KEY=VALUE,...]][@SHARE] of a config file; METHOD dense for none.
+std::pair<std::string, Candidate> Make(std::string spec, const std::string& config_path,
                                        const eval::Batch& batch, double share) {
+  if (const size_t at = spec.find('@'); at != std::string::npos) {
+    share = std::stod(spec.substr(at + 1));
+    spec.resize(at);
+  }
   const size_t equals = spec.find('=');
   if (equals == std::string::npos) Fail("bench.worker", "expected NAME=METHOD..., got '{}'", spec);
   std::istringstream parts(spec.substr(equals + 1));
@@ -151,23 +152,17 @@ void Run(int argc, char** argv) {
   ops::InstallTorchThreads();
   const int64_t length = std::stoll(argv[2]);
   const double share = std::stod(argv[4]);
-  Bench bench;
+  const int64_t vocab = model::LoadConfig(argv[1]).vocab_size;
+  Bench bench{.batch = RandomBatch(vocab, std::stoll(argv[3]), length)};
+  const Rng rng(1, RngPurpose::kTest);
+  for (int64_t n = 0; n < length + kDecoded; ++n) {
+    bench.ids.push_back(static_cast<int32_t>(rng.Below(n, vocab)));
+  }
   std::string facts;
   for (int i = 6; i < argc; ++i) {
-    if (i == 6) {
-      const int64_t vocab = model::LoadConfig(argv[1]).vocab_size;
-      bench.batch = RandomBatch(vocab, std::stoll(argv[3]), length);
-      const Rng rng(1, RngPurpose::kTest);
-      for (int64_t n = 0; n < length + kDecoded; ++n) {
-        bench.ids.push_back(static_cast<int32_t>(rng.Below(n, vocab)));
-      }
-    }
     auto [name, candidate] = Make(argv[i], argv[1], bench.batch, share);
-    facts +=
-        fmt::format("{}\"{}\": {{\"share\": {}, \"flops\": {}, \"weight_bytes\": {}}}",
-                    facts.empty() ? "" : ", ", name, MeasuredShare(candidate.model, bench.batch),
-                    ForwardFlops(candidate.model, bench.batch),
-                    4 * model::ParameterCount(candidate.model.config));
+    facts += fmt::format("{}\"{}\": {}", facts.empty() ? "" : ", ", name,
+                         Facts(candidate.model, bench.batch));
     bench.candidates[name] = std::move(candidate);
   }
   fmt::print("{{{}}}\n", facts);
@@ -186,7 +181,7 @@ void Run(int argc, char** argv) {
 int main(int argc, char** argv) {
   if (argc < 7) {
     std::cerr << "usage: worker CONFIG LENGTH NUM_SEQUENCES SHARE THREADS "
-                 "NAME=METHOD[:LAYOUT[:KEY=VALUE,...]]...\n";
+                 "NAME=METHOD[:LAYOUT[:KEY=VALUE,...]][@SHARE]...\n";
     return 2;
   }
   try {

@@ -2,7 +2,10 @@
 implies. The program is found in DETOUR_BIN."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -180,6 +183,22 @@ def test_output_is_always_utf8():
     assert one(PROMPTS[0], *wild, "-n", 100) == got[0][1]
     for n in (1, 2, 5):
         answers(*wild, "-n", n)
+
+
+def test_answers_come_as_they_are_done():
+    command = [os.environ["DETOUR_BIN"], "generate", "--model", str(model("dtrnet")), "--prompts", "-", "--max-batch", "2", "-n", "30", "--json",
+               "--ignore-eos"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdin.write("\n".join(f"{i} {PROMPTS[0]}" for i in range(4000)).encode())
+    process.stdin.close()
+    first = json.loads(process.stdout.readline())
+    assert first["finish_reason"] == "length" and first["prompt"].startswith("0 ")
+    process.send_signal(signal.SIGINT)
+    rest = [json.loads(line) for line in process.stdout.read().decode().splitlines()]
+    assert process.wait() == 0
+    assert 0 < len(rest) < 3999
+    assert [r["prompt"].split()[0] for r in [first, *rest]] == [str(i) for i in range(len(rest) + 1)]
+    assert rest[-1]["finish_reason"] in ("stopped", "length")
 
 
 def test_lengths():

@@ -4,7 +4,10 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <map>
 #include <memory>
+#include <optional>
+#include <utility>
 
 #include "cli/commands.h"
 #include "cli/common.h"
@@ -50,12 +53,7 @@ std::vector<std::string> Prompts(const Options& options) {
 }
 
 /// To standard error: a line for people, or one of JSON.
-void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& config,
-                const std::vector<infer::RequestResult>& results, bool json) {
-  infer::Attendance attendance;
-  for (const infer::RequestResult& r : results) {
-    attendance.Add(config, r.routed_tokens, r.num_positions);
-  }
+void PrintStats(const infer::GenerateStats& stats, const infer::Attendance& attendance, bool json) {
   const double decode_speed =
       static_cast<double>(stats.decode_tokens) / std::max(stats.decode_seconds, 1e-9);
   if (json) {
@@ -77,29 +75,6 @@ void PrintStats(const infer::GenerateStats& stats, const model::ModelConfig& con
              report::FormatBytes(static_cast<double>(report::PeakRssBytes())));
 }
 
-/// Answers as text, one block each; or one line of JSON each.
-void PrintAnswers(const Options& options, const std::vector<std::string>& prompts,
-                  const std::vector<infer::Request>& requests,
-                  const std::vector<infer::RequestResult>& results,
-                  const std::vector<std::string>& texts) {
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    const infer::RequestResult& r = results[i];
-    if (!options.json) {
-      fmt::print("=== {} ({})\n{}{}\n", i + 1, r.finish_reason, prompts[i], texts[i]);
-      continue;
-    }
-    const Json line = {{"prompt", prompts[i]},
-                       {"text", texts[i]},
-                       {"finish_reason", r.finish_reason},
-                       {"prompt_tokens", requests[i].prompt},
-                       {"tokens", r.tokens},
-                       {"routed_tokens_by_layer", r.routed_tokens},
-                       {"positions", r.num_positions},
-                       {"peak_rss_bytes", report::PeakRssBytes()}};
-    fmt::print("{}\n", line.dump(-1, ' ', false, Json::error_handler_t::replace));
-  }
-}
-
 void PrintStats(const infer::SpeculateStats& stats) {
   fmt::print(stderr,
              "{} new tokens, {:.1f} tok/s in decode; {} of {} drafted tokens accepted ({}), {:.2f} "
@@ -112,12 +87,106 @@ void PrintStats(const infer::SpeculateStats& stats) {
                  std::max<double>(static_cast<double>(stats.passes), 1));
 }
 
+/// Writes answers in the order of the prompts, each as soon as those before it are there: as text,
+/// one block each, or one line of JSON each; a single one as it comes.
+class Printer {
+ public:
+  Printer(const Options& options, const std::vector<std::string>& prompts,
+          const std::vector<infer::Request>& requests, const data::Tokenizer& tokenizer)
+      : options_(options),
+        prompts_(prompts),
+        requests_(requests),
+        tokenizer_(tokenizer),
+        stream_(prompts.size() == 1 && !options.json) {}
+
+  /// False if a stop string ends the answer.
+  bool Push(size_t request, int32_t token) {
+    Answer& answer = Of(request);
+    if (stream_) Echo();
+    if (token < tokenizer_.vocab_size()) {
+      Emit(answer, answer.pieces.Push(tokenizer_.DecodeToken(token)));
+    }
+    return !answer.pieces.stopped();
+  }
+
+  void End(size_t request, infer::RequestResult result) {
+    Answer& answer = Of(request);
+    if (stream_) Echo();
+    Emit(answer, answer.pieces.Finish());
+    answer.result = std::move(result);
+    while (!answers_.empty() && answers_.begin()->first == next_ &&
+           answers_.begin()->second.result) {
+      PrintFirst();
+    }
+  }
+
+ private:
+  struct Answer {
+    infer::AnswerText pieces;
+    std::string text;
+    std::optional<infer::RequestResult> result;
+  };
+
+  Answer& Of(size_t request) {
+    return answers_.try_emplace(request, infer::AnswerText(&options_.stop), "", std::nullopt)
+        .first->second;
+  }
+
+  void Emit(Answer& answer, const std::string& text) {
+    if (!stream_) {
+      answer.text += text;
+      return;
+    }
+    const std::string shown = screen_ ? report::Harmless(text) : text;
+    std::fwrite(shown.data(), 1, shown.size(), stdout);
+    std::fflush(stdout);
+  }
+
+  /// The prompt is printed with the first token: all checks are behind us then.
+  void Echo() {
+    if (std::exchange(echoed_, true)) return;
+    data::Utf8Stream utf8;
+    const std::string prompt = utf8.Push(prompts_[0]);
+    Emit(answers_.begin()->second, prompt + utf8.Flush());
+  }
+
+  void PrintFirst() {
+    const auto& [i, answer] = *answers_.begin();
+    const infer::RequestResult& r = *answer.result;
+    if (stream_) {
+      fmt::print("\n");
+    } else if (!options_.json) {
+      fmt::print("=== {} ({})\n{}{}\n", i + 1, r.finish_reason, prompts_[i], answer.text);
+    } else {
+      const Json line = {{"prompt", prompts_[i]},
+                         {"text", answer.text},
+                         {"finish_reason", r.finish_reason},
+                         {"prompt_tokens", requests_[i].prompt},
+                         {"tokens", r.tokens},
+                         {"routed_tokens_by_layer", r.routed_tokens},
+                         {"positions", r.num_positions},
+                         {"peak_rss_bytes", report::PeakRssBytes()}};
+      fmt::print("{}\n", line.dump(-1, ' ', false, Json::error_handler_t::replace));
+    }
+    std::fflush(stdout);
+    next_ = i + 1;
+    answers_.erase(answers_.begin());
+  }
+
+  const Options& options_;
+  const std::vector<std::string>& prompts_;
+  const std::vector<infer::Request>& requests_;
+  const data::Tokenizer& tokenizer_;
+  const bool stream_, screen_ = isatty(STDOUT_FILENO) != 0;
+  bool echoed_ = false;
+  size_t next_ = 0;
+  std::map<size_t, Answer> answers_;  // that are not printed
+};
+
 /// One request after the other, drafted by the first layers.
-std::vector<infer::RequestResult> SpeculateAll(const model::Model& model,
-                                               const std::vector<infer::Request>& requests,
-                                               const Options& options,
-                                               const infer::OnToken& on_token,
-                                               infer::SpeculateStats* stats) {
+void SpeculateAll(const model::Model& model, const std::vector<infer::Request>& requests,
+                  const Options& options, const infer::GenerateCalls& calls,
+                  infer::SpeculateStats* stats) {
   const infer::GenerateOptions& g = options.generate;
   if (g.sampling.temperature != 0 || g.sampling.repetition_penalty != 1 ||
       g.exit.kind != model::ExitRule::Kind::kNone) {
@@ -125,21 +194,21 @@ std::vector<infer::RequestResult> SpeculateAll(const model::Model& model,
          "--draft-layers: expected greedy decoding: --temp 0, no --repetition-penalty, no --exit");
   }
   infer::CheckRequests(model.config, requests);
-  std::vector<infer::RequestResult> results;
-  for (size_t i = 0; i < requests.size(); ++i) {
+  for (size_t i = 0; i < requests.size() && !calls.stopping(); ++i) {
     infer::SpeculateOptions speculate = options.speculate;
     speculate.max_tokens = requests[i].max_tokens;
     speculate.prefill_chunk = g.prefill_chunk;
     speculate.eos_id = g.eos_id;
-    infer::SpeculateResult r = infer::Speculate(
-        model, requests[i].prompt, speculate, [&](int32_t t) { return on_token(i, t); }, stats);
-    infer::RequestResult& result = results.emplace_back();
+    const auto on_token = [&](int32_t t) { return calls.on_token(i, t) && !calls.stopping(); };
+    infer::SpeculateResult r =
+        infer::Speculate(model, requests[i].prompt, speculate, on_token, stats);
+    infer::RequestResult result;
     result.num_positions = std::ssize(requests[i].prompt) + std::ssize(r.tokens) - 1;
     result.routed_tokens.assign(model.layers.size(), result.num_positions);
     result.tokens = std::move(r.tokens);
     result.finish_reason = std::move(r.finish_reason);
+    calls.on_result(i, std::move(result));
   }
-  return results;
 }
 
 void Generate(Options& options) {
@@ -161,53 +230,28 @@ void Generate(Options& options) {
         {tokenizer->Encode(prompt, {.add_special_tokens = true}), options.max_tokens});
   }
   InstallStopHandler();
-  std::vector<infer::AnswerText> answers(prompts.size(), infer::AnswerText(&options.stop));
-  std::vector<std::string> texts(prompts.size());
-  const bool stream = prompts.size() == 1 && !options.json;
-  const bool screen = isatty(STDOUT_FILENO) != 0;
-  const auto emit = [&](size_t request, const std::string& text) {
-    if (!stream) {
-      texts[request] += text;
-      return;
-    }
-    const std::string shown = screen ? report::Harmless(text) : text;
-    std::fwrite(shown.data(), 1, shown.size(), stdout);
-    std::fflush(stdout);
-  };
-  // The prompt is printed with the first token: all checks are behind us then.
-  bool echoed = !stream;
-  const auto echo = [&] {
-    if (!echoed) {
-      data::Utf8Stream utf8;
-      emit(0, utf8.Push(prompts[0]) + utf8.Flush());
-    }
-    echoed = true;
-  };
-  const auto on_token = [&](size_t request, int32_t token) {
-    echo();
-    if (token < tokenizer->vocab_size()) {
-      emit(request, answers[request].Push(tokenizer->DecodeToken(token)));
-    }
-    return !answers[request].stopped() && !StopRequested();
-  };
+  Printer printer(options, prompts, requests, *tokenizer);
+  infer::Attendance attendance;
+  const infer::GenerateCalls calls{
+      .on_token = [&](size_t request, int32_t token) { return printer.Push(request, token); },
+      .on_result =
+          [&](size_t request, infer::RequestResult result) {
+            attendance.Add(model.config, result.routed_tokens, result.num_positions);
+            printer.End(request, std::move(result));
+          },
+      .stopping = StopRequested};
   infer::GenerateStats stats;
   infer::SpeculateStats drafts;
-  const auto results = options.speculate.draft_layers > 0
-                           ? SpeculateAll(model, requests, options, on_token, &drafts)
-                           : infer::Generate(model, requests, options.generate, on_token, &stats);
-  echo();
-  for (size_t i = 0; i < prompts.size(); ++i) emit(i, answers[i].Finish());
-  if (stream) {
-    fmt::print("\n");
+  if (options.speculate.draft_layers > 0) {
+    SpeculateAll(model, requests, options, calls, &drafts);
   } else {
-    PrintAnswers(options, prompts, requests, results, texts);
+    infer::GenerateEach(model, requests, options.generate, calls, &stats);
   }
-  std::fflush(stdout);
   if (!options.stats) return;
   if (options.speculate.draft_layers > 0) {
     PrintStats(drafts);
   } else {
-    PrintStats(stats, model.config, results, options.json);
+    PrintStats(stats, attendance, options.json);
   }
 }
 
@@ -249,7 +293,7 @@ void AddGenerateCommand(CLI::App& app) {
   AddFlag(*sub, "--stats,!--no-stats", options->stats,
           "Speed, cache bytes and routing on standard error");
   AddFlag(*sub, "--json,!--no-json", options->json,
-          "A line of JSON per prompt, with token ids and routing, at the end");
+          "A line of JSON per prompt, with token ids and routing");
   AddWeightsOption(*sub, &options->weights);
   AddRuntimeOptions(*sub, &options->runtime);
   sub->footer(

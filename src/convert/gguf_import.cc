@@ -309,11 +309,16 @@ model::Model ModelFromGguf(const io::GgufFile& file, const model::WeightOptions&
     file.ReadF32Into(GgufName(name), values);
     if (heads_of(name) > 0) ReorderToOurs(values, heads_of(name), model.config.head_dim);
   };
+  const auto view = [&](const std::string& name) {
+    return heads_of(name) > 0 ? std::span<const float>() : file.ViewF32(GgufName(name));
+  };
   const auto pack = [&](const std::string& name, kernels::PackedMatrix* packed) {
     return PackStored(file.Get(GgufName(name)), heads_of(name) > 0 ? model.config.head_dim : 0,
                       packed);
   };
-  FillModel(model, options, read, options.as_stored ? pack : model::PackStoredFn());
+  model::TensorSource source{read, view, nullptr};
+  if (options.as_stored) source.pack_stored = pack;
+  FillModel(model, options, source);
   return model;
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <numeric>
 
 #include "core/error.h"
@@ -491,6 +492,31 @@ TEST(EarlyExit, ModesBatchesAndThreadsAreTheSameBits) {
             Score(m, sequences, ScoreMode::kFull).logits);
   const model::Model routed = ModelOf({"dtrnet", {{"method", "dtrnet"}}});
   EXPECT_THROW(Score(routed, sequences, ScoreMode::kFull, 64, never), Error);
+}
+
+TEST(Generate, EndsEachWhenItIsDoneAndAllWhenAsked) {
+  const model::Model m = Settled(Variants().front());
+  std::vector<Request> requests;
+  for (int64_t i = 0; i < 7; ++i) requests.push_back({RandomIds(3 + i, 3), 10 + 5 * (i % 3)});
+  const GenerateOptions options{.prefill_chunk = 2, .max_batch = 3};
+  const std::vector<RequestResult> all = Generate(m, requests, options, nullptr);
+  for (const int64_t steps : {0, 1, 9, 20, 1000}) {
+    int64_t done = 0;
+    std::map<size_t, RequestResult> ended;
+    GenerateEach(m, requests, options,
+                 {.on_result = [&](size_t i, RequestResult r) { ended[i] = std::move(r); },
+                  .stopping = [&] { return done++ == steps; }});
+    EXPECT_EQ(ended.size() == requests.size(), steps == 1000) << steps;
+    EXPECT_EQ(ended.empty(), steps == 0);
+    for (const auto& [i, r] : ended) {
+      const std::vector<int32_t>& expected = all[i].tokens;
+      EXPECT_LE(i, ended.size() - 1);  // none was left out before one that began
+      ASSERT_LE(r.tokens.size(), expected.size());
+      EXPECT_TRUE(std::equal(r.tokens.begin(), r.tokens.end(), expected.begin()));
+      EXPECT_EQ(r.finish_reason,
+                r.tokens.size() == expected.size() ? all[i].finish_reason : "stopped");
+    }
+  }
 }
 
 TEST(EarlyExit, SpeculationChangesNoToken) {

@@ -19,6 +19,7 @@ struct Active {
   std::vector<int32_t> tokens;  // prompt and answer
   int64_t num_done = 0;         // tokens that are in the cache
   int64_t prompt_length = 0;
+  RequestResult result;
 };
 
 void CheckRequest(const model::ModelConfig& config, const Request& request, size_t index) {
@@ -47,33 +48,43 @@ namespace {
 class Generator {
  public:
   Generator(const model::Model& model, const std::vector<Request>& requests,
-            const GenerateOptions& options, const OnToken& on_token, GenerateStats* stats)
+            const GenerateOptions& options, const GenerateCalls& calls, GenerateStats* stats)
       : model_(model),
         requests_(requests),
         options_(options),
-        on_token_(on_token),
+        calls_(calls),
         stats_(stats),
-        cache_(model.config),
-        results_(requests.size()) {}
+        cache_(model.config) {}
 
-  std::vector<RequestResult> Run() {
+  void Run() {
     CheckRequests(model_.config, requests_);
     CheckSamplingOptions(options_.sampling);
-    for (RequestResult& r : results_) r.routed_tokens.resize(model_.layers.size());
     size_t next = 0;
     while (next < requests_.size() || !active_.empty()) {
+      if (calls_.stopping && calls_.stopping()) return StopAll();
       while (next < requests_.size() && static_cast<int64_t>(active_.size()) < options_.max_batch) {
         const auto& prompt = requests_[next].prompt;
-        active_.push_back({next, prompt, 0, static_cast<int64_t>(prompt.size())});
+        active_.push_back({next, prompt, 0, static_cast<int64_t>(prompt.size()), {}});
+        active_.back().result.routed_tokens.resize(model_.layers.size());
         stats_->prompt_tokens += static_cast<int64_t>(prompt.size());
         ++next;
       }
       Step();
     }
-    return std::move(results_);
   }
 
  private:
+  void End(Active& a, std::string why) {
+    a.result.finish_reason = std::move(why);
+    cache_.Remove(static_cast<int32_t>(a.index));
+    if (calls_.on_result) calls_.on_result(a.index, std::move(a.result));
+  }
+
+  void StopAll() {
+    for (Active& a : active_) End(a, "stopped");
+    active_.clear();
+  }
+
   /// One forward pass: the next chunk of each prompt, the last token of each answer.
   void Step() {
     std::vector<routing::Segment> segments;
@@ -112,8 +123,9 @@ class Generator {
   void CountRouted(const routing::Stream& stream, const std::vector<routing::LayerPlans>& plans) {
     for (size_t l = 0; l < plans.size(); ++l) {
       const std::vector<uint8_t> flags = AttendingRows(plans[l], stream.num_rows());
-      for (const routing::Segment& s : stream.segments) {
-        results_[s.sequence].routed_tokens[l] +=
+      for (size_t i = 0; i < active_.size(); ++i) {
+        const routing::Segment& s = stream.segments[i];
+        active_[i].result.routed_tokens[l] +=
             std::count(flags.begin() + s.begin, flags.begin() + s.end, 1);
       }
     }
@@ -126,7 +138,7 @@ class Generator {
     for (size_t i = 0; i < active_.size(); ++i) {
       Active& a = active_[i];
       a.num_done += stream.segments[i].end - stream.segments[i].begin;
-      results_[a.index].num_positions = a.num_done;
+      a.result.num_positions = a.num_done;
       std::string finished;
       if (a.num_done == static_cast<int64_t>(a.tokens.size())) {
         const std::span<const float> row(ops::F32(logits) + logits_row++ * logits.size(1),
@@ -136,8 +148,7 @@ class Generator {
       if (finished.empty()) {
         still.push_back(std::move(a));
       } else {
-        results_[a.index].finish_reason = finished;
-        cache_.Remove(static_cast<int32_t>(a.index));
+        End(a, finished);
       }
     }
     active_ = std::move(still);
@@ -153,29 +164,37 @@ class Generator {
     ++stats_->new_tokens;
     const AnswerLimits limits{max_tokens, model_.config.max_position_embeddings, {options_.eos_id}};
     std::function<bool(int32_t)> on_token;
-    if (on_token_) on_token = [&](int32_t id) { return on_token_(a.index, id); };
-    return AppendToken(token, limits, on_token, &a.tokens, &results_[a.index].tokens);
+    if (calls_.on_token) on_token = [&](int32_t id) { return calls_.on_token(a.index, id); };
+    return AppendToken(token, limits, on_token, &a.tokens, &a.result.tokens);
   }
 
   const model::Model& model_;
   const std::vector<Request>& requests_;
   const GenerateOptions& options_;
-  const OnToken& on_token_;
+  const GenerateCalls& calls_;
   GenerateStats* stats_;
   RaggedCache cache_;
   std::vector<Active> active_;
-  std::vector<RequestResult> results_;
 };
 
 }  // namespace
 
-std::vector<RequestResult> Generate(const model::Model& model, const std::vector<Request>& requests,
-                                    const GenerateOptions& options, const OnToken& on_token,
-                                    GenerateStats* stats) {
+void GenerateEach(const model::Model& model, const std::vector<Request>& requests,
+                  const GenerateOptions& options, const GenerateCalls& calls,
+                  GenerateStats* stats) {
   const at::NoGradGuard no_grad;
   CheckExit(model, options.exit);
   GenerateStats ignored;
-  return Generator(model, requests, options, on_token, stats ? stats : &ignored).Run();
+  Generator(model, requests, options, calls, stats ? stats : &ignored).Run();
+}
+
+std::vector<RequestResult> Generate(const model::Model& model, const std::vector<Request>& requests,
+                                    const GenerateOptions& options, const OnToken& on_token,
+                                    GenerateStats* stats) {
+  std::vector<RequestResult> results(requests.size());
+  const auto keep = [&](size_t i, RequestResult result) { results[i] = std::move(result); };
+  GenerateEach(model, requests, options, {on_token, keep, nullptr}, stats);
+  return results;
 }
 
 }  // namespace detour::infer

@@ -43,12 +43,25 @@ struct GenerateStats {
 /// Error("generate.prompt") for what Generate refuses.
 void CheckRequests(const model::ModelConfig& config, const std::vector<Request>& requests);
 
-/// Called for each new token; false stops the request (a stop string was found, the reader left).
+/// Called for each new token; false stops the request (a stop string was found).
 using OnToken = std::function<bool(size_t request, int32_t token)>;
+/// Called when a request ends; after that nothing is kept of it.
+using OnResult = std::function<void(size_t request, RequestResult result)>;
+
+struct GenerateCalls {
+  OnToken on_token;                ///< may be empty
+  OnResult on_result;              ///< may be empty
+  std::function<bool()> stopping;  ///< true: end all requests, begin no other; may be empty
+};
 
 /// Answers all requests. What a request gets depends on its prompt, the options and its index
 /// alone: never on the others, the chunk size or the batch. Error("generate.prompt") for an empty
-/// prompt, ids out of range, or a prompt that leaves no room in the model's context.
+/// prompt, ids out of range, or a prompt that leaves no room in the model's context. Memory: that
+/// of max_batch requests.
+void GenerateEach(const model::Model& model, const std::vector<Request>& requests,
+                  const GenerateOptions& options, const GenerateCalls& calls,
+                  GenerateStats* stats = nullptr);
+/// The same, all results at the end.
 std::vector<RequestResult> Generate(const model::Model& model, const std::vector<Request>& requests,
                                     const GenerateOptions& options, const OnToken& on_token,
                                     GenerateStats* stats = nullptr);

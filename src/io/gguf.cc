@@ -393,6 +393,12 @@ void GgufFile::ReadF32Into(const std::string& name, std::span<float> out) const 
   });
 }
 
+std::span<const float> GgufFile::ViewF32(const std::string& name) const {
+  const GgufTensor& tensor = Get(name);
+  const bool floats = mapping_ != nullptr && tensor.type == GgufType::kF32;
+  return floats ? AlignedFloats(tensor.bytes) : std::span<const float>();
+}
+
 void GgufFile::ReadRowsF32Into(const std::string& name, int64_t row, std::span<float> out) const {
   const GgufTensor& tensor = Get(name);
   CheckReadable(name, tensor);

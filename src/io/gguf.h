@@ -137,6 +137,9 @@ class GgufFile {
   /// any). Needs no memory but the result.
   std::vector<float> ReadF32(const std::string& name, std::span<const int64_t> shape = {}) const;
   void ReadF32Into(const std::string& name, std::span<float> out) const;
+  /// The values where they lie in the mapped file, valid as long as this object; empty if they are
+  /// no aligned F32, or were parsed from memory.
+  std::span<const float> ViewF32(const std::string& name) const;
   /// Rows [row, row + n) where n = out.size() / the last dim; Error if they are not there.
   void ReadRowsF32Into(const std::string& name, int64_t row, std::span<float> out) const;
 

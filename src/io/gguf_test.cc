@@ -442,6 +442,9 @@ TEST_F(GgufTest, WritesAndReads) {
     // Half a step of at most 6 / 127, and the scale's rounding.
     ASSERT_NEAR(q8[i], values[i], 6.0 / 127 * 0.51) << i;
   }
+  const std::span<const float> view = file.ViewF32("f32");
+  EXPECT_TRUE(std::equal(view.begin(), view.end(), values.begin(), values.end()));
+  EXPECT_TRUE(file.ViewF32("f16").empty());
   // By rows, at any place.
   std::vector<float> rows(7 * 320);
   file.ReadRowsF32Into("q8", 1493, rows);

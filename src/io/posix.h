@@ -43,6 +43,12 @@ struct Mapping {
 /// A regular file, as Fd::OpenRegular; Error("io.read"). An empty file has no bytes.
 Mapping MapFile(const std::string& path);
 
+/// `bytes` as floats; none if they are not aligned for it.
+inline std::span<const float> AlignedFloats(std::span<const std::byte> bytes) {
+  if (reinterpret_cast<uintptr_t>(bytes.data()) % alignof(float) != 0) return {};
+  return {reinterpret_cast<const float*>(bytes.data()), bytes.size() / sizeof(float)};
+}
+
 /// The process keeps no pages of the mapped file for `bytes` (within a Mapping): they come back
 /// from the file if they are read again. So a tensor that was converted counts once, not twice.
 void ForgetPages(std::span<const std::byte> bytes);

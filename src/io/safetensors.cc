@@ -284,6 +284,12 @@ void SafetensorsFile::ReadF32Into(const std::string& name, std::span<float> out)
                  [&](auto bytes, std::span<float> part) { ConvertToF32(bytes, info.dtype, part); });
 }
 
+std::span<const float> SafetensorsFile::ViewF32(const std::string& name) const {
+  const TensorInfo& info = Get(name);
+  const bool floats = mapping_ != nullptr && info.dtype == DType::kF32;
+  return floats ? AlignedFloats(info.bytes) : std::span<const float>();
+}
+
 std::vector<int32_t> SafetensorsFile::ReadI32(const std::string& name) const {
   const TensorInfo& info = Get(name);
   std::vector<int32_t> out(info.NumElements());

@@ -51,6 +51,9 @@ class SafetensorsFile {
   /// shape differs from `shape` (an empty `shape` accepts any).
   std::vector<float> ReadF32(const std::string& name, std::span<const int64_t> shape = {}) const;
   void ReadF32Into(const std::string& name, std::span<float> out) const;
+  /// The values where they lie in the mapped file, valid as long as this object; empty if they are
+  /// no aligned F32, or were parsed from memory.
+  std::span<const float> ViewF32(const std::string& name) const;
   std::vector<int32_t> ReadI32(const std::string& name) const;  ///< I32, or I64 if all values fit
   const std::string& path() const { return path_; }
 

@@ -184,6 +184,10 @@ TEST_F(SafetensorsTest, WritesAndReads) {
   EXPECT_EQ(base % 8, 0u);
   EXPECT_EQ(file.ReadF32("f32"), f32);
   EXPECT_EQ(file.ReadF32("f32", std::array<int64_t, 2>{2, 2}), f32);
+  const std::span<const float> view = file.ViewF32("f32");
+  EXPECT_TRUE(std::equal(view.begin(), view.end(), f32.begin(), f32.end()));
+  EXPECT_EQ(view.data(), static_cast<const void*>(file.Get("f32").bytes.data()));
+  EXPECT_TRUE(file.ViewF32("bf16").empty());
   EXPECT_EQ(file.ReadF32("bf16"), f32);
   EXPECT_EQ(file.ReadF32("scalar"), std::vector<float>{0.5f});
   EXPECT_EQ(file.ReadI32("i64"), (std::vector<int32_t>{1, -2, 3}));

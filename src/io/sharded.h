@@ -20,13 +20,16 @@ class ShardedTensors {
   static ShardedTensors Open(const std::string& directory);
 
   bool Has(const std::string& name) const { return file_of_.count(name) != 0; }
-  /// The four of SafetensorsFile; Error if absent.
+  /// The five of SafetensorsFile; Error if absent.
   const TensorInfo& Get(const std::string& name) const { return FileOf(name).Get(name); }
   std::vector<float> ReadF32(const std::string& name, std::span<const int64_t> shape = {}) const {
     return FileOf(name).ReadF32(name, shape);
   }
   void ReadF32Into(const std::string& name, std::span<float> out) const {
     FileOf(name).ReadF32Into(name, out);
+  }
+  std::span<const float> ViewF32(const std::string& name) const {
+    return FileOf(name).ViewF32(name);
   }
   std::vector<int32_t> ReadI32(const std::string& name) const { return FileOf(name).ReadI32(name); }
 

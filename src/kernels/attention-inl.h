@@ -73,15 +73,7 @@ HWY_INLINE void ValueColumns(const TileScores& scores, int64_t row, const float*
                              int64_t v_at, int64_t dim, int64_t begin, int64_t end, bool first,
                              float* out, const Io& io) {
   Tile<kRows, kVectors> tile;
-  if (first) {
-    tile.Clear();
-  } else {
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        tile.acc[r][v] = hn::LoadU(d, out + r * kXStride + v * kLanes);
-      }
-    }
-  }
+  tile.Load(out, kXStride, first);
   for (int64_t j = begin; j < end;) {
     const int64_t slot = j % kPageEntries, n = std::min(kPageEntries - slot, end - j);
     const float* values[1] = {pages[j / kPageEntries] + v_at + slot * dim};
@@ -89,11 +81,7 @@ HWY_INLINE void ValueColumns(const TileScores& scores, int64_t row, const float*
         scores.Page(j / kPageEntries) + row * kPageEntries + slot, n, values, dim, io);
     j += n;
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      hn::StoreU(tile.acc[r][v], d, out + r * kXStride + v * kLanes);
-    }
-  }
+  tile.Store(out, kXStride);
 }
 
 /// All columns; `row` is the first of the kRows rows in the tile.

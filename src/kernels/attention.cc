@@ -10,11 +10,9 @@
 // clang-format on
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "core/error.h"

@@ -58,22 +58,14 @@ template <bool kTransposed, int kRows>
 void ProductTile(const float* x, int64_t n, const float* w, int64_t step, bool first, float* y,
                  int64_t ldy) {
   Tile<kRows, 2> tile;
-  if (first) {
-    tile.Clear();
-  } else {
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < 2; ++v) tile.acc[r][v] = hn::LoadU(d, y + r * ldy + v * kLanes);
-    }
-  }
+  tile.Load(y, ldy, first);
   const float* const pointers[1] = {w};
   if constexpr (kTransposed) {
     tile.template Accumulate<1, 1, kXStride>(x, n, pointers, step, Whole());
   } else {
     tile.template Accumulate<kXStride, 1>(x, n, pointers, step, Whole());
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < 2; ++v) hn::StoreU(tile.acc[r][v], d, y + r * ldy + v * kLanes);
-  }
+  tile.Store(y, ldy);
 }
 
 template <bool kTransposed, int... kRows>
@@ -171,7 +163,7 @@ void LoadRows(const AttendGradArgs& args, const AttendGradSegment& segment, int6
               int64_t width, GradRows* rows) {
   const int64_t dim = args.head_dim, stride = args.num_heads * dim;
   for (int64_t r = 0; r < rows->count; ++r) {
-    const int64_t row = segment.row_begin + rows->first + r, at = row * stride + head * dim;
+    const int64_t row = segment.Row(head, rows->first + r), at = row * stride + head * dim;
     std::memcpy(rows->q + r * kXStride, args.q + at, dim * sizeof(float));
     std::memcpy(rows->dout + r * kXStride, args.dout + at, dim * sizeof(float));
     for (float* x : {rows->q, rows->dout}) {
@@ -193,10 +185,11 @@ void RunGradHead(const AttendGradArgs& args, const AttendGradSegment& segment, c
   float* scratch = ScratchFloats(5 * kBlockRows * kXStride);
   const auto buffer = [&](int64_t i) { return scratch + i * kBlockRows * kXStride; };
   GradRows rows{0, 0, buffer(0), buffer(1), buffer(2), buffer(3), buffer(4)};
-  const int64_t num_blocks = (segment.num_rows + kBlockRows - 1) / kBlockRows;
+  const int64_t num_rows = segment.NumRows(head);
+  const int64_t num_blocks = (num_rows + kBlockRows - 1) / kBlockRows;
   for (int64_t b = 0; b < num_blocks; ++b) {
-    rows.first = segment.num_rows * b / num_blocks;
-    rows.count = segment.num_rows * (b + 1) / num_blocks - rows.first;
+    rows.first = num_rows * b / num_blocks;
+    rows.count = num_rows * (b + 1) / num_blocks - rows.first;
     LoadRows(args, segment, head, keys.width, &rows);
     for (int64_t panel = 0; panel < keys.num_panels;) {
       const auto seen = [&](int64_t i) {
@@ -209,8 +202,8 @@ void RunGradHead(const AttendGradArgs& args, const AttendGradSegment& segment, c
     }
     const int64_t dim = args.head_dim, stride = args.num_heads * dim;
     for (int64_t r = 0; r < rows.count; ++r) {
-      std::memcpy(args.dq + (segment.row_begin + rows.first + r) * stride + head * dim,
-                  rows.dq + r * kXStride, dim * sizeof(float));
+      float* dq = args.dq + segment.Row(head, rows.first + r) * stride + head * dim;
+      for (int64_t i = 0; i < dim; ++i) dq[i] += rows.dq[r * kXStride + i];
     }
   }
 }
@@ -299,7 +292,9 @@ void AttendBackward(const AttendGradArgs& args, std::span<const AttendGradSegmen
                "{} heads, {} kv heads, head_dim {} of at most {}", args.num_heads,
                args.num_kv_heads, args.head_dim, kMaxHeadDim);
   for (const AttendGradSegment& segment : segments) {
-    if (segment.num_rows > 0 && segment.num_entries > 0) RunSegment(args, segment);
+    int64_t rows = 0;
+    for (int64_t head = 0; head < args.num_heads; ++head) rows += segment.NumRows(head);
+    if (rows > 0 && segment.num_entries > 0) RunSegment(args, segment);
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <map>
 
 #include "kernels/kernels.h"
 #include "kernels/test_util.h"
@@ -28,22 +29,33 @@ struct Case {
   std::vector<double> dq = std::vector<double>(num_rows * width);
   std::vector<double> dk = std::vector<double>(num_written * kv_width), dv = dk;
   std::vector<AttendGradSegment> segments;
+  /// Where the entries that a (row, head) sees are in k and v.
+  std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>> seen;
 
   void Add(const AttendGradSegment& segment) {
     segments.push_back(segment);
-    for (int64_t i = 0; i < segment.num_rows; ++i) {
-      for (int64_t h = 0; h < s.num_heads; ++h) AddRow(segment, i, h);
+    for (int64_t h = 0; h < s.num_heads; ++h) {
+      for (int64_t i = 0; i < segment.NumRows(h); ++i) Look(segment, i, h);
     }
   }
 
-  void AddRow(const AttendGradSegment& segment, int64_t i, int64_t h) {
+  void Look(const AttendGradSegment& segment, int64_t i, int64_t h) {
     const RowView view = segment.View(i);
-    const int64_t dim = s.head_dim, row = segment.row_begin + i, q_at = row * width + h * dim;
-    std::vector<int64_t> at;  // of the entries that the row sees, in k and v
     for (int64_t e = 0; e < view.end; ++e) {
       if (e >= view.kept && e < view.begin) continue;
-      at.push_back(segment.Entry(e) * kv_width + h / (s.num_heads / s.num_kv_heads) * dim);
+      seen[{segment.Row(h, i), h}].push_back(segment.Entry(e) * kv_width +
+                                             h / (s.num_heads / s.num_kv_heads) * s.head_dim);
     }
+  }
+
+  /// The gradients of what was added.
+  void Finish() {
+    for (const auto& [row_head, at] : seen) AddRow(row_head.first, row_head.second, at);
+    seen.clear();
+  }
+
+  void AddRow(int64_t row, int64_t h, const std::vector<int64_t>& at) {
+    const int64_t dim = s.head_dim, q_at = row * width + h * dim;
     const auto dot = [&](const float* a, const float* b) {
       double sum = 0;
       for (int64_t d = 0; d < dim; ++d) sum += double{a[d]} * b[d];
@@ -77,7 +89,7 @@ struct Case {
     std::vector<float> dq, dk, dv;
   };
   Result Run() const {
-    Result r{std::vector<float>(dq.size(), -7.0f), std::vector<float>(dk.size()),
+    Result r{std::vector<float>(dq.size()), std::vector<float>(dk.size()),
              std::vector<float>(dv.size())};
     AttendBackward({s.num_heads, s.num_kv_heads, s.head_dim, scale, q.data(), k.data(), v.data(),
                     out.data(), lse.data(), dout.data(), r.dq.data(), r.dk.data(), r.dv.data()},
@@ -85,7 +97,8 @@ struct Case {
     return r;
   }
 
-  void ExpectClose() const {
+  void ExpectClose() {
+    Finish();
     SCOPED_TRACE(::testing::Message() << s.num_heads << " heads, " << s.num_kv_heads
                                       << " kv heads of " << s.head_dim << ", " << num_rows);
     const Result first = Run();
@@ -158,11 +171,35 @@ TEST(AttendBackward, WindowAndEntriesThatStay) {
   c.ExpectClose();
 }
 
+// Blocks of 32 entries: their own rows see them up to themselves, other rows where a head says so.
+TEST(AttendBackward, BlocksThatHeadsChose) {
+  constexpr int64_t kBlock = 32;
+  Case c{{4, 2, 32}, 300, 300};
+  std::vector<std::vector<int32_t>> users(300 / kBlock * 4);
+  for (int64_t b = 0; b * kBlock < 300; ++b) {
+    const int64_t begin = b * kBlock, n = std::min(kBlock, 300 - begin);
+    c.Add({.row_begin = begin,
+           .num_rows = n,
+           .num_entries = n,
+           .first_entry = begin,
+           .first_limit = 1});
+    if (n < kBlock) break;
+    for (int32_t row = begin + kBlock; row < 300; ++row) {
+      for (int32_t h = 0; h < 4; ++h) {
+        if ((row * 7 + h * 3 + b) % 5 == 0 && h != b % 4) users[b * 4 + h].push_back(row);
+      }
+    }
+    c.Add({.num_entries = n, .first_entry = begin, .rows_of_head = &users[b * 4]});
+  }
+  c.ExpectClose();
+}
+
 // What is not seen may exceed the maximum of what is by far.
 TEST(AttendBackward, HiddenEntriesDoNotMatter) {
   Case c{{1, 1, 16}, 40, 40};
   for (int64_t i = 0; i < 16; ++i) c.k[39 * 16 + i] = 1e4f * c.q[i];
   c.Add({.num_rows = 39, .num_entries = 40, .first_limit = 1});
+  c.Finish();
   const Case::Result r = c.Run();
   for (int64_t i = 0; i < 39 * 16; ++i)
     EXPECT_TRUE(std::isfinite(r.dq[i]) && std::isfinite(r.dk[i]));

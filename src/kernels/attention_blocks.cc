@@ -219,18 +219,22 @@ void ScoreBlocks(const KvLayout& layout, int64_t num_heads, const float* q, int6
   const int64_t dim = layout.head_dim, group = num_heads / layout.num_kv_heads;
   const int64_t num_pages = (num_blocks + kPageEntries - 1) / kPageEntries;
   const auto run = DETOUR_DISPATCH(RunScoreBlocks);
+  // The sums as the keys of pages, of one kv head after the other.
+  std::vector<float> sums(layout.num_kv_heads * num_pages * dim * kPageEntries);
+  std::vector<const float*> tables;
+  for (int64_t p = 0; p < layout.num_kv_heads * num_pages; ++p) {
+    tables.push_back(&sums[p * dim * kPageEntries]);
+  }
+  for (int64_t i = 0; i < layout.num_kv_heads * num_blocks; ++i) {
+    const int64_t kv_head = i / num_blocks, b = i % num_blocks;
+    const float* from = pages[(b + 1) * layout.block_pages - 1] + layout.SumsAt() + kv_head * dim;
+    const int64_t page = kv_head * num_pages + b / kPageEntries;
+    float* to = &sums[page * dim * kPageEntries + b % kPageEntries];
+    for (int64_t k = 0; k < dim; ++k) to[k * kPageEntries] = from[k];
+  }
   ParallelFor(0, num_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(num_pages * dim * kPageEntries);  // as the keys of pages
-    std::vector<const float*> tables;
-    for (int64_t p = 0; p < num_pages; ++p) tables.push_back(&sums[p * dim * kPageEntries]);
     for (int64_t head = begin; head < end; ++head) {
-      for (int64_t b = 0; b < num_blocks && (head == begin || head % group == 0); ++b) {
-        const float* from =
-            pages[(b + 1) * layout.block_pages - 1] + layout.SumsAt() + head / group * dim;
-        float* to = &sums[b / kPageEntries * dim * kPageEntries + b % kPageEntries];
-        for (int64_t i = 0; i < dim; ++i) to[i * kPageEntries] = from[i];
-      }
-      run(q + head * dim, ldq, num_rows, dim, tables.data(), num_blocks,
+      run(q + head * dim, ldq, num_rows, dim, tables.data() + head / group * num_pages, num_blocks,
           scores_HRB + head * num_rows * num_blocks);
     }
   });

@@ -37,17 +37,9 @@ void GemmTile(const float* x, int64_t n, const Weight* w, int64_t panel_size, bo
   const Weight* panels[kPointers];
   for (int i = 0; i < kPointers; ++i) panels[i] = w + i * panel_size;
   Tile<kRows, kVectors> tile;
-  if (first) {
-    tile.Clear();
-  } else {
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) tile.acc[r][v] = hn::LoadU(d, y + r * ldy + v * kLanes);
-    }
-  }
+  tile.Load(y, ldy, first);
   tile.template Accumulate<kXStride, kPointers>(x, n, panels, kPanel, Whole());
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) hn::StoreU(tile.acc[r][v], d, y + r * ldy + v * kLanes);
-  }
+  tile.Store(y, ldy);
 }
 
 template <class Weight>

@@ -31,6 +31,12 @@ struct GemmBlock {
   int64_t row_begin, row_end, panel_begin, panel_end;
 };
 
+/// w[0, n), n <= 32, as a block of `format`: scale and min as PackedMatrix::Pack says, nearest q
+/// by the inverse of the unrounded scale, as GGUF's own writer. (quantize.cc)
+void QuantizeBlock(WeightFormat format, const float* w, int64_t n, QuantBlock* block);
+/// to[i][m] = w[m][i] for `rows` rows m of `columns` numbers; strides ldw and ldt. (quantize.cc)
+void Transpose(const float* w, int64_t ldw, int64_t rows, int64_t columns, float* to, int64_t ldt);
+
 /// y[r][0, width) += bias for each row.
 void AddBias(const float* bias, int64_t rows, int64_t width, float* y, int64_t ldy);
 

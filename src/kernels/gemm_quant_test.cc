@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <limits>
 
 #include "core/half.h"
@@ -180,15 +181,62 @@ TEST(PackedMatrix, HasTheBytesItSays) {
   EXPECT_EQ(bytes(WeightFormat::kQ4Min), 64 * 96 * 5 / 8);
 }
 
-TEST(PackedMatrix, ScalesBeyondHalfAreErrors) {
-  std::vector<float> w(64, 1.0f);
-  w[40] = 1e8f;
-  PackedMatrix packed;
-  try {
-    packed.Pack(w.data(), 1, 64, 64, WeightFormat::kQ8);
-    FAIL();
-  } catch (const Error& e) {
-    EXPECT_EQ(e.code(), "weights.range");
+// By the definition: nearest q to (w - min) / scale, halves away from 0 (q8) or up.
+TEST(PackedMatrix, QuantizesByTheDefinitionOnEachTarget) {
+  std::vector<float> w = RandomFloats(32, 9, 2);
+  w[3] = 0.5f;
+  w[4] = -0.5f;
+  w[7] = 127;  // so that q8 has the scale 1 and halves
+  for (const WeightFormat format : {WeightFormat::kQ8, WeightFormat::kQ4, WeightFormat::kQ4Min}) {
+    OnEachTarget([&] {
+      PackedMatrix packed;
+      packed.Pack(w.data(), 1, 32, 32, format);
+      QuantBlock block;
+      packed.CopyBlocks(0, &block);
+      const double low = *std::min_element(w.begin(), w.end()), step = (127 - low) / 15;
+      for (int64_t i = 0; i < 32; ++i) {
+        const double expected = format == WeightFormat::kQ8 ? std::round(w[i])
+                                : format == WeightFormat::kQ4
+                                    ? std::floor(w[i] / (127 / -8.0) + 8.5)
+                                    : std::floor((w[i] - low) / step + 0.5);
+        EXPECT_EQ(block.q[i], expected) << i;
+      }
+    });
+  }
+}
+
+TEST(PackedMatrix, WhatNoScaleCanHoldIsAnError) {
+  for (const float wild : {1e8f, std::numeric_limits<float>::infinity(), std::nanf("")}) {
+    for (const WeightFormat format : {WeightFormat::kQ8, WeightFormat::kQ4, WeightFormat::kQ4Min}) {
+      std::vector<float> w(64, 1.0f);
+      w[40] = wild;
+      PackedMatrix packed;
+      try {
+        packed.Pack(w.data(), 1, 64, 64, format);
+        FAIL() << wild;
+      } catch (const Error& e) {
+        EXPECT_EQ(e.code(), "weights.range");
+      }
+    }
+  }
+}
+
+TEST(PackedMatrix, ManyShareChunksOfMemory) {
+  const std::vector<float> w = RandomFloats(int64_t{1024} * 1024, 6);
+  std::vector<PackedMatrix> matrices;
+  for (int i = 0; i < 40; ++i) {  // 160 MB
+    PackedMatrix packed;
+    packed.Pack(w.data() + i, 1023, 1000, 1024);
+    matrices.push_back(std::move(packed));
+    if (i % 3 == 2) matrices.erase(matrices.begin());
+  }
+  std::vector<float> row(1000);
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(matrices[i].data()) % 64, 0);
+    const int64_t shift = std::ssize(matrices) - 1 - static_cast<int64_t>(i);
+    matrices[i].CopyRow(1022, row.data());
+    EXPECT_TRUE(SameBits(
+        row, {w.begin() + 1022 * 1024 + 39 - shift, w.begin() + 1022 * 1024 + 39 - shift + 1000}));
   }
 }
 

@@ -21,6 +21,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 namespace detour::kernels {
 
@@ -66,10 +67,12 @@ struct QuantBlock {
 class PackedMatrix {
  public:
   PackedMatrix() = default;
+  PackedMatrix(PackedMatrix&&) = default;
+  PackedMatrix& operator=(PackedMatrix&&) = default;
   /// Copies row-major W [M,K] with row stride `ldw`. Cost: M·K reads and writes. Keeps a buffer
   /// that is large enough. Quantized as GGUF does: scale = f16(largest |w| / 127), q8; f16(w of
   /// largest magnitude / −8), q4; f16((max − min) / 15), q4min; by nearest q.
-  /// Error("weights.range") if a scale does not fit f16.
+  /// Error("weights.range") if a scale does not fit f16, or a weight to be quantized is no number.
   void Pack(const float* w, int64_t num_outputs, int64_t num_inputs, int64_t ldw,
             WeightFormat format = WeightFormat::kF32);
   /// The same in f32 of row-major Wᵀ [K,M] with row stride `ldw`.
@@ -90,13 +93,10 @@ class PackedMatrix {
   int64_t bytes() const;
 
  private:
-  struct Free {
-    void operator()(std::byte* p) const;
-  };
-  void Allocate(int64_t num_outputs, int64_t num_inputs, WeightFormat format);
+  void Allocate(int64_t num_outputs, int64_t num_inputs, WeightFormat format, bool lasting);
   int64_t num_outputs_ = 0, num_inputs_ = 0, capacity_ = 0;
   WeightFormat format_ = WeightFormat::kF32;
-  std::unique_ptr<std::byte[], Free> data_;
+  std::shared_ptr<std::byte[]> data_;  // of this matrix alone; shared is the chunk around it
 };
 
 /// y_NM = x_NK Wᵀ (+ bias_M, added last). bias may be null. N = 0 is fine. Adds 2·N·M·K to the op
@@ -201,14 +201,25 @@ void ScoreBlocks(const KvLayout& layout, int64_t num_heads, const float* q, int6
 
 /// Query rows [row_begin, row_begin + num_rows) among a table of entries, of which entry e is row
 /// `entries`[e] of k and v (null: first_entry + e). Row i sees entries [0, first_limit + i), or
-/// with `views` those of views[i].
+/// with `views` those of views[i]. With `rows_of_head` head h of the rows rows_of_head[h] queries
+/// instead, each all entries.
 struct AttendGradSegment {
   int64_t row_begin = 0, num_rows = 0, num_entries = 0, first_entry = 0, first_limit = 0;
   const int32_t* entries = nullptr;
   const RowView* views = nullptr;
+  const std::vector<int32_t>* rows_of_head = nullptr;
 
+  int64_t NumRows(int64_t head) const {
+    return rows_of_head ? std::ssize(rows_of_head[head]) : num_rows;
+  }
+  int64_t Row(int64_t head, int64_t i) const {
+    return rows_of_head ? rows_of_head[head][i] : row_begin + i;
+  }
   int64_t Entry(int64_t e) const { return entries ? entries[e] : first_entry + e; }
-  RowView View(int64_t i) const { return views ? views[i] : RowView{0, 0, first_limit + i}; }
+  RowView View(int64_t i) const {
+    if (rows_of_head) return {0, 0, num_entries};
+    return views ? views[i] : RowView{0, 0, first_limit + i};
+  }
 };
 /// q, out, dout, dq [R, H·K]; k, v, dk, dv [W, G·K]; lse [R, H]; all rows contiguous.
 struct AttendGradArgs {
@@ -218,8 +229,8 @@ struct AttendGradArgs {
               *dout = nullptr;
   float *dq = nullptr, *dk = nullptr, *dv = nullptr;
 };
-/// Gradients of Attend, whose results `out` and `lse` are: dq of the segments' rows is overwritten,
-/// dk and dv are added to. Every sum has one order, whatever runs it. Costs 10·K·H per (row, entry)
+/// Gradients of Attend, whose results `out` and `lse` are, added to dq, dk and dv; a row may be in
+/// several segments. Every sum has one order, whatever runs it. Costs 10·K·H per (row, entry)
 /// of the panels of 32 entries that a block of up to 96 rows sees, and memory of 2·H + 3·G copies
 /// of the entries of a segment. Not counted.
 void AttendBackward(const AttendGradArgs& args, std::span<const AttendGradSegment> segments);

@@ -38,6 +38,19 @@ struct Tile {
     }
   }
 
+  /// From and to kRows rows of `ldy`; with `first` from 0.
+  HWY_INLINE void Load(const float* y, int64_t ldy, bool first) {
+    if (first) return Clear();
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::LoadU(d, y + r * ldy + v * kLanes);
+    }
+  }
+  HWY_INLINE void Store(float* y, int64_t ldy) const {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) hn::StoreU(acc[r][v], d, y + r * ldy + v * kLanes);
+    }
+  }
+
   /// acc_rv = fma(x[r·kStride + k·kDepthStride], W_v[k·step], acc_rv) for k = 0, 1, … n−1, where
   /// W_v is the v-th vector of the kPointers arrays in turn. `io` reads W: Whole, or Part of a
   /// single vector.

@@ -11,6 +11,7 @@
 #include "core/rng.h"
 #include "core/threads.h"
 #include "io/atomic.h"
+#include "io/posix.h"
 #include "io/sharded.h"
 #include "model/cost.h"
 #include "model/rope.h"
@@ -251,8 +252,7 @@ void ForEachMatrix(Model& model, const std::function<void(ops::Matrix&)>& visit)
 
 }  // namespace
 
-void FillModel(Model& model, const WeightOptions& options, const ReadTensorFn& read,
-               const PackStoredFn& pack_stored) {
+void FillModel(Model& model, const WeightOptions& options, const TensorSource& source) {
   std::map<const at::Tensor*, ops::Matrix*> matrix_of;
   if (options.compact) {
     ForEachMatrix(model, [&](ops::Matrix& m) { matrix_of[&m.weight] = &m; });
@@ -262,11 +262,17 @@ void FillModel(Model& model, const WeightOptions& options, const ReadTensorFn& r
     const auto found = matrix_of.find(&t);
     ops::Matrix* matrix = found == matrix_of.end() ? nullptr : found->second;
     kernels::PackedMatrix stored;
-    if (matrix && pack_stored && pack_stored(name, &stored)) {
+    if (matrix && source.pack_stored && source.pack_stored(name, &stored)) {
       matrix->Compact(std::move(stored));
+    } else if (const auto values = matrix ? source.view(name) : std::span<const float>();
+               !values.empty()) {
+      // Packing only reads.
+      matrix->weight = at::from_blob(const_cast<float*>(values.data()), t.sizes(), at::kFloat);
+      matrix->Compact(options.format);
+      io::ForgetPages(std::as_bytes(values));
     } else {
       if (t.is_meta()) t = at::empty(t.sizes(), at::kFloat);
-      read(name, t);
+      source.read(name, t);
       if (!matrix) return;
       matrix->weight = t;
       matrix->Compact(options.format);
@@ -297,7 +303,7 @@ Model LoadModel(const std::string& dir, const WeightOptions& options) {
   Model model = AllocateModel(LoadConfig(dir), /*shapes_only=*/true);
   const io::ShardedTensors file = io::ShardedTensors::Open(dir);
   std::set<std::string> expected;
-  const auto read = [&](const std::string& our_name, at::Tensor& t) {
+  ForEachTensor(model, [&](const std::string& our_name, at::Tensor& t) {
     const std::string name = FileName(model.config, our_name);
     expected.insert(name);
     const io::TensorInfo& info = file.Get(name);
@@ -305,9 +311,7 @@ Model LoadModel(const std::string& dir, const WeightOptions& options) {
       Fail("model.load", "{}: {}: config.json asks for shape [{}], the file has [{}]", dir, name,
            fmt::join(t.sizes(), ", "), fmt::join(info.shape, ", "));
     }
-    file.ReadF32Into(name, {ops::F32(t), static_cast<size_t>(t.numel())});
-  };
-  FillModel(model, options, read, nullptr);
+  });
   for (const std::string& name : file.Names()) {
     // Tied checkpoints may carry the head all the same; rotary buffers are recomputed.
     const bool harmless = name.ends_with("rotary_emb.inv_freq") ||
@@ -317,6 +321,13 @@ Model LoadModel(const std::string& dir, const WeightOptions& options) {
            Printable(name));
     }
   }
+  const auto read = [&](const std::string& name, at::Tensor& t) {
+    file.ReadF32Into(FileName(model.config, name), {ops::F32(t), static_cast<size_t>(t.numel())});
+  };
+  const auto view = [&](const std::string& name) {
+    return file.ViewF32(FileName(model.config, name));
+  };
+  FillModel(model, options, {read, view, nullptr});
   return model;
 }
 

@@ -84,13 +84,17 @@ struct WeightOptions {
   kernels::WeightFormat format = kernels::WeightFormat::kF32;  ///< of packed ones
   bool as_stored = false;  ///< matrices that a GGUF file has in a packed format stay in it
 };
-using ReadTensorFn = std::function<void(const std::string& name, at::Tensor& t)>;
-/// Packs a matrix from quantized blocks that a file has; false if it has none.
-using PackStoredFn = std::function<bool(const std::string& name, kernels::PackedMatrix* packed)>;
-/// Gives every tensor its values, `read` or as packed by `pack_stored` (may be null), one matrix
-/// after the other: a compact model never needs the memory of its f32 tensors.
-void FillModel(Model& model, const WeightOptions& options, const ReadTensorFn& read,
-               const PackStoredFn& pack_stored);
+/// A mapped file's weights by our names.
+struct TensorSource {
+  std::function<void(const std::string& name, at::Tensor& t)> read;
+  /// The f32 values where they lie in the file; empty if it has others.
+  std::function<std::span<const float>(const std::string& name)> view;
+  /// Packs a matrix from quantized blocks that the file has; false if it has none. May be null.
+  std::function<bool(const std::string& name, kernels::PackedMatrix* packed)> pack_stored;
+};
+/// Gives every tensor its values, one matrix after the other: a compact model never needs the
+/// memory of its f32 tensors.
+void FillModel(Model& model, const WeightOptions& options, const TensorSource& source);
 
 /// Reads DIR/config.json and its safetensors (f32, bf16 or f16 → f32). Every tensor must be there
 /// with its shape and no other.

@@ -41,18 +41,6 @@ void RunAttend(const AttendShape& shape, const at::Tensor& q,
                   out.size(1), lse.defined() ? F32(lse) : nullptr);
 }
 
-at::Tensor QueryHeads(const at::Tensor& t, int64_t b, int64_t e, int64_t num_kv_heads,
-                      int64_t head_dim) {
-  return t.slice(0, b, e)
-      .view({e - b, num_kv_heads, -1, head_dim})
-      .permute({1, 2, 0, 3})
-      .reshape({num_kv_heads, -1, head_dim});
-}
-
-at::Tensor EntryHeads(const at::Tensor& t, int64_t begin, int64_t end, int64_t num_kv_heads) {
-  return t.slice(0, begin, end).view({end - begin, num_kv_heads, -1}).transpose(0, 1);
-}
-
 at::Tensor SumGroups(const at::Tensor& x, int64_t num_kv_heads, int64_t head_dim) {
   const int64_t group = x.size(1) / (num_kv_heads * head_dim);
   if (group == 1) return x;
@@ -77,33 +65,6 @@ void AttentionGradients::Add(const std::vector<kernels::AttendGradSegment>& segm
                            .dk = F32(dk),
                            .dv = F32(dv)},
                           segments);
-}
-
-void AttentionGradients::Masked(int64_t b, int64_t e, int64_t begin, const at::Tensor& seen) {
-  const int64_t m = e - b, n = e - begin, head_dim = k.size(1) / num_kv_heads;
-  const double scale = 1 / std::sqrt(static_cast<float>(head_dim));
-  const auto queries = [&](const at::Tensor& t) {
-    return QueryHeads(t, b, e, num_kv_heads, head_dim);
-  };
-  const at::Tensor k_b = EntryHeads(k, begin, e, num_kv_heads);
-  const at::Tensor v_b = EntryHeads(v, begin, e, num_kv_heads);
-  const at::Tensor q_b = queries(q), do_b = queries(dout);
-  const at::Tensor lse_b = QueryHeads(lse, b, e, num_kv_heads, 1);
-  at::Tensor p = at::bmm(q_b, k_b.transpose(1, 2)).mul_(scale).sub_(lse_b);
-  // What a query does not see may exceed its maximum by far.
-  p.view({num_kv_heads, -1, m, n}).masked_fill_(seen.logical_not(), -INFINITY);
-  p.exp_();
-  const at::Tensor delta = (do_b * queries(out)).sum(-1, true);
-  const at::Tensor ds = at::bmm(do_b, v_b.transpose(1, 2)).sub_(delta).mul_(p).mul_(scale);
-  dq.slice(0, b, e).copy_(at::bmm(ds, k_b)
-                              .view({num_kv_heads, -1, m, head_dim})
-                              .permute({2, 0, 1, 3})
-                              .reshape({m, -1}));
-  const auto add = [&](at::Tensor& to, const at::Tensor& t) {
-    to.slice(0, begin, e).add_(t.transpose(0, 1).reshape({n, -1}));
-  };
-  add(dk, at::bmm(ds.transpose(1, 2), q_b));
-  add(dv, at::bmm(p.transpose(1, 2), do_b));
 }
 
 namespace {

@@ -11,8 +11,6 @@
 
 namespace detour::ops {
 
-inline constexpr int64_t kBlockQueries = 128;
-
 /// Pages for one call: what training and full forward passes without a cache attend to. Every
 /// Extend begins a new sequence.
 class CallPages : public KvStore {
@@ -38,11 +36,6 @@ void RunAttend(const AttendShape& shape, const at::Tensor& q,
                const std::vector<kernels::AttendSegment>& segments, at::Tensor& out,
                const at::Tensor& lse);
 
-/// [rows, heads·K] -> [G, heads/G · rows, K] of rows [b, e), and [rows, G·K] -> [G, rows, K].
-at::Tensor QueryHeads(const at::Tensor& t, int64_t b, int64_t e, int64_t num_kv_heads,
-                      int64_t head_dim);
-at::Tensor EntryHeads(const at::Tensor& t, int64_t begin, int64_t end, int64_t num_kv_heads);
-
 /// Gradients of attention: dq [R, H·K], dk and dv [W, G·K], zero at first.
 struct AttentionGradients {
   const at::Tensor &q, &k, &v, &out, &lse, &dout;
@@ -51,9 +44,6 @@ struct AttentionGradients {
 
   /// kernels::AttendBackward.
   void Add(const std::vector<kernels::AttendGradSegment>& segments);
-  /// Queries [b, e) among the entries [begin, e), those that `seen` says: a mask that broadcasts
-  /// to [G, H/G, e − b, e − begin]. By torch; costs as much for entries that are not seen.
-  void Masked(int64_t b, int64_t e, int64_t begin, const at::Tensor& seen);
 };
 
 /// Sum over each kv head's query heads: [rows, H·K] -> [rows, G·K].

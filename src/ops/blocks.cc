@@ -92,19 +92,30 @@ void AttendChunk(const Chooser& chooser, const at::Tensor& q, int64_t begin, int
                         F32(out), out.size(1), lse.defined() ? F32(lse) : nullptr);
 }
 
-/// Which entries of its document, which begins at row `begin`, each head of the queries [b, e)
-/// chose. Without a store a row's entry is its place in the document.
-at::Tensor SeenInBlocks(const at::Tensor& chosen_NHT, const BlockRule& rule, int64_t num_kv_heads,
-                        int64_t b, int64_t e, int64_t begin) {
-  const at::Tensor chosen = chosen_NHT.slice(0, b, e);  // [m, H, top]
-  const at::Tensor entry = at::arange(e - begin, at::kInt).view({1, 1, -1});
-  const at::Tensor block = entry.div(rule.size, "floor").to(at::kInt);
-  at::Tensor seen = at::zeros({e - b, chosen.size(1), e - begin}, at::kBool);
-  for (int64_t t = 0; t < chosen.size(2); ++t) {
-    seen.logical_or_(chosen.select(2, t).unsqueeze(2).eq(block));
+/// Gradients of one document's rows: those of a block see it up to themselves, and those that chose
+/// it later see all of it. Without a store a row's entry is its place in the document.
+void AddGradients(const at::Tensor& chosen_NHT, const BlockRule& rule, const RoutedSegment& s,
+                  AttentionGradients& g) {
+  const int64_t heads = chosen_NHT.size(1), num_rows = s.end - s.begin;
+  const int64_t num_blocks = (num_rows + rule.size - 1) / rule.size;
+  std::vector<std::vector<int32_t>> users(num_blocks * heads);  // [block][head]
+  const int32_t* chosen = I32(chosen_NHT) + s.begin * heads * rule.top;
+  for (int64_t i = 0; i < num_rows * heads * rule.top; ++i) {
+    const int64_t row = i / (heads * rule.top), head = i / rule.top % heads;
+    if (chosen[i] < 0 || chosen[i] == row / rule.size) continue;
+    users[chosen[i] * heads + head].push_back(static_cast<int32_t>(s.begin + row));
   }
-  seen.logical_and_(entry.le(at::arange(b - begin, e - begin, at::kInt).view({-1, 1, 1})));
-  return seen.view({e - b, num_kv_heads, -1, e - begin}).permute({1, 2, 0, 3});
+  std::vector<kernels::AttendGradSegment> segments;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int64_t begin = s.begin + b * rule.size, n = std::min(rule.size, s.end - begin);
+    segments.push_back({.row_begin = begin,
+                        .num_rows = n,
+                        .num_entries = n,
+                        .first_entry = begin,
+                        .first_limit = 1});
+    segments.push_back({.num_entries = n, .first_entry = begin, .rows_of_head = &users[b * heads]});
+  }
+  g.Add(segments);
 }
 
 }  // namespace
@@ -134,12 +145,7 @@ at::Tensor MixBlocks(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
           2 * scored * shape.num_heads * shape.layout.head_dim, std::memory_order_relaxed);
     }
     return [=, segments = shape.segments](AttentionGradients& g) {
-      for (const RoutedSegment& s : segments) {
-        for (int64_t b = s.begin; b < s.end; b += kBlockQueries) {
-          const int64_t e = std::min(b + kBlockQueries, s.end);
-          g.Masked(b, e, s.begin, SeenInBlocks(chosen_NHT, rule, g.num_kv_heads, b, e, s.begin));
-        }
-      }
+      for (const RoutedSegment& s : segments) AddGradients(chosen_NHT, rule, s, g);
     };
   });
 }

@@ -14,6 +14,22 @@ using torch::autograd::variable_list;
 
 namespace {
 
+constexpr int64_t kBlockQueries = 128;
+
+/// [rows, heads·K] -> [G, heads/G · rows, K] of rows [b, e).
+at::Tensor QueryHeads(const at::Tensor& t, int64_t b, int64_t e, int64_t num_kv_heads,
+                      int64_t head_dim) {
+  return t.slice(0, b, e)
+      .view({e - b, num_kv_heads, -1, head_dim})
+      .permute({1, 2, 0, 3})
+      .reshape({num_kv_heads, -1, head_dim});
+}
+
+/// [rows, G·K] -> [G, rows, K].
+at::Tensor EntryHeads(const at::Tensor& t, int64_t begin, int64_t end, int64_t num_kv_heads) {
+  return t.slice(0, begin, end).view({end - begin, num_kv_heads, -1}).transpose(0, 1);
+}
+
 /// What is needed to weigh keys against a block of queries.
 struct KeyWeights {
   const at::Tensor &q, &out, &dout, &k, &v, &written_N;

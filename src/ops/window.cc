@@ -118,21 +118,32 @@ void AddDocument(const at::Tensor& k, const at::Tensor& v, const AttendShape& sh
   }
 }
 
+/// What the rows of one document see where no store holds more than they write: of the `staying`
+/// rows, and of all, both counted from the document's first.
+std::vector<Sight> SightsOf(const at::Tensor& positions_N, const RoutedSegment& s,
+                            const WindowRows& rows, const at::Tensor& staying) {
+  const int32_t *positions = I32(positions_N), *stay = I32(staying);
+  const Views views(
+      rows.rule, staying.size(0), [&](int64_t e) { return positions[s.begin + e]; },
+      [&](int64_t e) { return positions[stay[e]]; });
+  std::vector<Sight> sights;
+  for (int64_t n = s.begin; n < s.end; ++n) {
+    sights.push_back(views.Of(n - s.begin, positions[n], rows.far[n]));
+  }
+  return sights;
+}
+
 /// Gradients of one document's rows, whose table of entries is those that stay, then all.
 void AddGradients(const at::Tensor& positions_N, const RoutedSegment& s, const WindowRows& rows,
                   AttentionGradients& g) {
-  const int32_t* positions = I32(positions_N);
   const at::Tensor staying = StayingRows(rows.stays, s);
   const int64_t num_staying = staying.size(0), num_rows = s.end - s.begin;
   std::vector<int32_t> entries(I32(staying), I32(staying) + num_staying);
   for (int64_t n = s.begin; n < s.end; ++n) entries.push_back(static_cast<int32_t>(n));
-  const Views views(
-      rows.rule, num_staying, [&](int64_t e) { return positions[s.begin + e]; },
-      [&](int64_t e) { return positions[entries[e]]; });
   std::vector<kernels::RowView> row_views;
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const Sight sight = views.Of(i, positions[s.begin + i], rows.far[s.begin + i]);
-    row_views.push_back({sight.kept, num_staying + sight.begin, num_staying + i + 1});
+  for (const Sight& sight : SightsOf(positions_N, s, rows, staying)) {
+    const int64_t own = num_staying + std::ssize(row_views);
+    row_views.push_back({sight.kept, num_staying + sight.begin, own + 1});
   }
   g.Add({{.row_begin = s.begin,
           .num_rows = num_rows,
@@ -162,15 +173,10 @@ at::Tensor MixWindow(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 
 int64_t VisitedInWindow(const AttendShape& shape, const WindowRows& rows) {
   int64_t visited = 0;
-  const int32_t* positions = I32(shape.positions_W);
   for (const RoutedSegment& s : shape.segments) {
-    const at::Tensor staying = StayingRows(rows.stays, s);
-    const Views views(
-        rows.rule, staying.size(0), [&](int64_t e) { return positions[s.begin + e]; },
-        [&](int64_t e) { return positions[I32(staying)[e]]; });
-    for (int64_t n = s.begin; n < s.end; ++n) {
-      const Sight sight = views.Of(n - s.begin, positions[n], rows.far[n]);
-      visited += sight.kept + n - s.begin + 1 - sight.begin;
+    int64_t own = 0;
+    for (const Sight& sight : SightsOf(shape.positions_W, s, rows, StayingRows(rows.stays, s))) {
+      visited += sight.kept + ++own - sight.begin;
     }
   }
   return visited;
